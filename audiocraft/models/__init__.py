@@ -1,0 +1,15 @@
+"""The models: `MusicGen` and its codec."""
+
+from audiocraft.models.encodec import CompressionModel, EncodecModel
+from audiocraft.models.lm import LMModel
+from audiocraft.models.musicgen import MusicGen
+
+__all__ = ["CompressionModel", "EncodecModel", "LMModel", "MusicGen"]
+
+_NOT_HERE = {"AudioGen", "MAGNeT", "JASCO", "MultiBandDiffusion"}
+
+
+def __getattr__(name: str) -> object:
+    if name in _NOT_HERE:
+        raise ImportError(f"{name} is not part of this package, which makes music with MusicGen.")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

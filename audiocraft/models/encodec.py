@@ -1,0 +1,227 @@
+"""EnCodec, the codec between audio and codes, and its stereo form.
+
+Golden tests: `encodec_tiny`, `encodec_tiny_hf`, `encodec_stereo`.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from audiocraft.errors import InputError
+from audiocraft.modules.seanet import SEANetConfig, SEANetDecoder, SEANetEncoder
+from audiocraft.quantization.vq import ResidualVectorQuantizer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@dataclass(frozen=True)
+class QuantizedResult:
+    """A clip through the codec and back.
+
+    Attributes:
+        x: decoded audio [B, C, T].
+        codes: [B, K, frames].
+        bandwidth: kilobits per second.
+    """
+
+    x: Tensor
+    codes: Tensor
+    bandwidth: Tensor
+
+
+class CompressionModel(ABC, nn.Module):
+    """Audio to codes and back."""
+
+    channels: int
+    sample_rate: int
+    frame_rate: float
+    cardinality: int
+
+    @property
+    @abstractmethod
+    def num_codebooks(self) -> int:
+        """Codebooks in use."""
+
+    @property
+    @abstractmethod
+    def total_codebooks(self) -> int:
+        """Codebooks that there are."""
+
+    @abstractmethod
+    def set_num_codebooks(self, n: int) -> None:
+        """Use only the first `n` codebooks."""
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Codes [B, K, frames] and scale [B, 1] (if any) of audio [B, C, T]."""
+
+    @abstractmethod
+    def decode(self, codes: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Audio [B, C, frames * hop] of codes and scale."""
+
+    @abstractmethod
+    def decode_latent(self, codes: Tensor) -> Tensor:
+        """Latent (B, dimension, frames) of codes."""
+
+    @staticmethod
+    def get_pretrained(
+        name: "str | Path", device: torch.device | str = "cpu"
+    ) -> "CompressionModel":
+        """Load a codec by hub id, folder or file; see `audiocraft.models.loaders`."""
+        from audiocraft.models.loaders import load_compression_model
+
+        return load_compression_model(name, device=device)
+
+
+class EncodecModel(CompressionModel):
+    """SEANet with a residual vector quantiser.
+
+    Args:
+        config: shape of encoder and decoder.
+        quantizer: the codebooks.
+        sample_rate: Hz.
+        renormalize: divide a clip by its volume before encoding; the scale undoes it.
+    """
+
+    def __init__(
+        self,
+        config: SEANetConfig,
+        quantizer: ResidualVectorQuantizer,
+        sample_rate: int,
+        renormalize: bool = False,
+    ) -> None:
+        super().__init__()
+        self.encoder = SEANetEncoder(config)
+        self.decoder = SEANetDecoder(config)
+        self.quantizer = quantizer
+        self.channels = config.channels
+        self.sample_rate = sample_rate
+        # Official code computes ceil(sample_rate / hop), a whole number in every release.
+        self.frame_rate = math.ceil(sample_rate / config.hop_length)
+        self.cardinality = quantizer.bins
+        self.renormalize = renormalize
+
+    @property
+    def num_codebooks(self) -> int:
+        """Codebooks in use."""
+        return self.quantizer.num_codebooks
+
+    @property
+    def total_codebooks(self) -> int:
+        """Codebooks that the file holds."""
+        return self.quantizer.total_codebooks
+
+    def set_num_codebooks(self, n: int) -> None:
+        """Use only the first `n` codebooks."""
+        if not 1 <= n <= self.total_codebooks:
+            raise InputError(
+                f"{n} codebooks asked for, this codec has 1 to {self.total_codebooks}."
+            )
+        self.quantizer.n_q = n
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Codes [B, K, frames] and scale [B, 1] (if it renormalises) of audio [B, C, T]."""
+        self._check(x)
+        x, scale = self._normalize(x)
+        return self.quantizer.encode(self.encoder(x)), scale
+
+    def decode(self, codes: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Audio [B, C, frames * hop] of codes and scale; not trimmed."""
+        out: Tensor = self.decoder(self.decode_latent(codes))
+        return out if scale is None else out * scale[:, :, None]
+
+    def decode_latent(self, codes: Tensor) -> Tensor:
+        """Latent (B, dimension, frames) of codes."""
+        return self.quantizer.decode(codes)
+
+    def forward(self, x: Tensor) -> QuantizedResult:
+        """Through the codec and back, trimmed to the input's length."""
+        codes, scale = self.encode(x)
+        bits = self.num_codebooks * math.log2(self.cardinality)
+        bandwidth = torch.tensor(bits * self.frame_rate / 1000)
+        return QuantizedResult(self.decode(codes, scale)[..., : x.shape[-1]], codes, bandwidth)
+
+    def _normalize(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not self.renormalize:
+            return x, None
+        volume = x.mean(dim=1, keepdim=True).square().mean(dim=2, keepdim=True).sqrt() + 1e-8
+        return x / volume, volume[:, :, 0]
+
+    def _check(self, x: Tensor) -> None:
+        if x.dim() != 3 or x.shape[1] != self.channels or x.shape[2] == 0:  # noqa: PLR2004
+            raise InputError(
+                f"Audio has the shape {list(x.shape)}, this codec needs [B, {self.channels}, T]."
+            )
+
+
+class InterleaveStereoCompressionModel(CompressionModel):
+    """Stereo from a mono codec: left and right are coded apart and their codebooks interleaved.
+
+    Args:
+        model: mono codec.
+        per_timestep: alternate left and right in time (twice the frame rate) rather than in
+            codebooks [L0, R0, L1, R1, ...]; no release does.
+    """
+
+    def __init__(self, model: CompressionModel, per_timestep: bool = False) -> None:
+        super().__init__()
+        if model.channels != 1:
+            raise InputError("Stereo interleaving needs a mono codec.")
+        self.model = model
+        self.per_timestep = per_timestep
+        self.channels = 2
+        self.sample_rate = model.sample_rate
+        self.cardinality = model.cardinality
+        self.frame_rate = model.frame_rate * self.num_virtual_steps
+
+    @property
+    def num_virtual_steps(self) -> int:
+        """Steps of the codes per frame of the mono codec."""
+        return 2 if self.per_timestep else 1
+
+    @property
+    def num_codebooks(self) -> int:
+        """Codebooks in use, both channels together."""
+        return self.model.num_codebooks * (1 if self.per_timestep else 2)
+
+    @property
+    def total_codebooks(self) -> int:
+        """Codebooks of the mono codec, as the official wrapper counts them."""
+        return self.model.total_codebooks
+
+    def set_num_codebooks(self, n: int) -> None:
+        """Use only `n` codebooks, both channels together where they are interleaved per codebook."""
+        self.model.set_num_codebooks(n if self.per_timestep else n // 2)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Codes and scale [B, 2] (if the codec renormalises) of stereo audio [B, 2, T]."""
+        if x.dim() != 3 or x.shape[1] != 2:  # noqa: PLR2004
+            raise InputError(f"Audio has the shape {list(x.shape)}, this codec needs [B, 2, T].")
+        codes, scale = self.model.encode(x.flatten(0, 1)[:, None])
+        codes = codes.unflatten(0, (-1, 2))  # (B, C, K, T)
+        if self.per_timestep:
+            codes = codes.permute(0, 2, 3, 1).flatten(2)
+        else:
+            codes = codes.transpose(1, 2).flatten(1, 2)
+        return codes, None if scale is None else scale.view(-1, 2)
+
+    def split(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes of the left and of the right channel, as the mono codec has them."""
+        if self.per_timestep:
+            return codes[..., 0::2], codes[..., 1::2]
+        return codes[:, 0::2], codes[:, 1::2]
+
+    def decode(self, codes: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Stereo audio [B, 2, T] of codes and scale [B, 2]."""
+        both = torch.stack(self.split(codes), dim=1).flatten(0, 1)
+        wav = self.model.decode(both, None if scale is None else scale.reshape(-1, 1))
+        return wav.view(-1, 2, wav.shape[-1])
+
+    def decode_latent(self, codes: Tensor) -> Tensor:
+        """Refused: the two channels have no common latent."""
+        raise InputError("Stereo codes have no single latent; split them and decode each channel.")

@@ -1,0 +1,286 @@
+"""From files to modules: every form of released weights, safely.
+
+A source is a file, a folder, or a hub id such as `facebook/musicgen-small`. Tensors are read by
+memory map and copied once, into the model. Nothing is unpickled freely.
+Golden tests: `tiny_release`, `encodec_tiny_hf`.
+"""
+
+import json
+import pickle
+import typing
+import zipfile
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.base import ContainerMetadata, Metadata
+from omegaconf.nodes import AnyNode
+from torch import Tensor, nn
+
+from audiocraft.assets.store import fetch
+from audiocraft.errors import WeightsError
+from audiocraft.models import hf_encodec
+from audiocraft.models.builders import (
+    get_compression_model,
+    get_debug_compression_model,
+    get_lm_model,
+    get_wrapped_compression_model,
+)
+from audiocraft.models.encodec import CompressionModel
+from audiocraft.models.lm import LMModel
+from audiocraft.modules.conditioners import ChromaStemConditioner, T5Conditioner
+
+LM_FILE = "state_dict"
+CODEC_FILE = "compression_state_dict"
+_SUFFIXES = (".safetensors", ".bin")
+
+# What a training checkpoint's configuration is pickled with; none of these runs code.
+_CONFIG_CLASSES: list[Any] = [
+    AnyNode,
+    ContainerMetadata,
+    DictConfig,
+    ListConfig,
+    Metadata,
+    defaultdict,
+    dict,
+    int,
+    list,
+    typing.Any,
+]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a weights file holds.
+
+    Attributes:
+        state: tensors by name; empty in a pointer.
+        cfg: resolved `xp.cfg`, if the file has one.
+        pretrained: what a pointer points to.
+    """
+
+    state: Mapping[str, Tensor]
+    cfg: DictConfig | None = None
+    pretrained: str | None = None
+
+
+def _read_safetensors(path: Path) -> Checkpoint:
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt") as file:
+        metadata = file.metadata() or {}
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    return Checkpoint(state, _resolve(metadata.get("xp.cfg")), metadata.get("pretrained"))
+
+
+def _read_torch(path: Path) -> Checkpoint:
+    try:
+        with torch.serialization.safe_globals(_CONFIG_CLASSES):
+            package = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise WeightsError(
+            f"{path.name} is not a file of MusicGen weights, or it holds more than tensors and "
+            f"settings, which is never run ({reason}); take an official export or a fine-tune."
+        ) from error
+    if not isinstance(package, dict):
+        raise WeightsError(f"{path.name} is not a file of MusicGen weights.")
+    if "pretrained" in package:
+        return Checkpoint({}, pretrained=str(package["pretrained"]))
+    # Exports have best_state; training checkpoints best_state.model; older fine-tunes model.
+    state = package.get("best_state") or package.get("model") or package
+    if "xp.cfg" in package:
+        state = state.get("model", state)
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"{path.name} holds no state of a model under best_state or model.")
+    return Checkpoint(state, _resolve(package.get("xp.cfg")))
+
+
+def _resolve(cfg: Any) -> DictConfig | None:
+    """An `xp.cfg` as YAML text or as an OmegaConf object, without what later versions refuse."""
+    if cfg is None:
+        return None
+    resolved = OmegaConf.create(cfg)
+    if not isinstance(resolved, DictConfig):
+        raise WeightsError("The file's xp.cfg is not a configuration.")
+    return resolved
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a weights file of any supported form, recognised by its content.
+
+    Raises:
+        WeightsError: it is none, or it would have to run code to be read.
+    """
+    with path.open("rb") as file:
+        head = file.read(9)
+    return _read_safetensors(path) if head[8:] == b"{" else _read_torch(path)
+
+
+def find_file(source: str | Path, stem: str, cache_dir: str | Path | None = None) -> Path:
+    """Path of one file of a release.
+
+    Args:
+        source: the file itself, a folder that holds it, or a hub id.
+        stem: its name without suffix; `.safetensors` is preferred to `.bin`.
+        cache_dir: a store other than the usual one.
+
+    Raises:
+        WeightsError: the folder lacks it.
+        AssetError: the hub id cannot be fetched.
+    """
+    path = Path(source)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        for suffix in _SUFFIXES:
+            if (path / (stem + suffix)).is_file():
+                return path / (stem + suffix)
+        raise WeightsError(
+            f"{path} holds neither {stem}.safetensors nor {stem}.bin; give a release folder."
+        )
+    return fetch(str(source), f"{stem}.bin", cache_dir)
+
+
+def assign_state(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Give a model that was built on the meta device its tensors.
+
+    Args:
+        model: built under `torch.device("meta")`.
+        state: tensors by name, exactly those of the model; each is copied once.
+        device: where they go.
+        dtype: of the floating ones.
+
+    Raises:
+        WeightsError: names or shapes differ.
+    """
+    expected = model.state_dict()
+    missing, unexpected = sorted(expected.keys() - state), sorted(state.keys() - expected)
+    if missing or unexpected:
+        raise WeightsError(
+            f"The weights do not fit their configuration: {len(missing)} tensors are missing "
+            f"{missing[:3]} and {len(unexpected)} unexpected {unexpected[:3]}."
+        )
+    for name, tensor in expected.items():
+        if tensor.shape != state[name].shape:
+            raise WeightsError(
+                f"The weights do not fit their configuration: {name} has the shape "
+                f"{list(state[name].shape)}, {list(tensor.shape)} is expected."
+            )
+    converted = {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True)
+        for name, tensor in state.items()
+    }
+    model.load_state_dict(converted, assign=True)
+    model.to(device)  # what the state does not hold: constants
+
+
+def load_lm_model(
+    file_or_url_or_id: str | Path,
+    device: torch.device | str = "cpu",
+    cache_dir: str | Path | None = None,
+) -> LMModel:
+    """Load a language model: float32 on the CPU, float16 elsewhere, in evaluation mode.
+
+    Args:
+        file_or_url_or_id: weights file, release folder or hub id.
+        device: where it will run.
+        cache_dir: a store other than the usual one.
+
+    Raises:
+        WeightsError: the file is not a MusicGen language model.
+        AssetError: it cannot be fetched.
+    """
+    path = find_file(file_or_url_or_id, LM_FILE, cache_dir)
+    checkpoint = read_checkpoint(path)
+    if checkpoint.cfg is None:
+        raise WeightsError(f"{path.name} has no xp.cfg; give an official export or a fine-tune.")
+    text_encoder = path.parent / "t5"
+    with torch.device("meta"):
+        model = get_lm_model(checkpoint.cfg, text_encoder if text_encoder.is_dir() else None)
+    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
+    # Models built without memory-efficient attention have one more level in these names.
+    state = {key.replace("_attn.mha.", "_attn."): value for key, value in checkpoint.state.items()}
+    assign_state(model, state, device, dtype)
+    for conditioner in model.condition_provider.conditioners.values():
+        if isinstance(conditioner, ChromaStemConditioner):
+            # As the official package sets it for generation, see golden test `lm_tiny_melody`.
+            conditioner.match_len_on_eval = True
+            conditioner.use_masking = False
+        elif isinstance(conditioner, T5Conditioner):
+            conditioner.load()
+    return model.eval()
+
+
+def load_compression_model(
+    file_or_url_or_id: str | Path,
+    device: torch.device | str = "cpu",
+    cache_dir: str | Path | None = None,
+) -> CompressionModel:
+    """Load a codec, in float32 and evaluation mode.
+
+    Args:
+        file_or_url_or_id: weights file (a full codec or a pointer to one), release folder,
+            folder of a transformers EnCodec, or hub id.
+        device: where it will run.
+        cache_dir: a store other than the usual one.
+
+    Raises:
+        WeightsError: the file is not a codec.
+        AssetError: it cannot be fetched.
+    """
+    source = str(file_or_url_or_id)
+    if source == "debug_compression_model":
+        return get_debug_compression_model(device)
+    if source.startswith("dac_"):
+        raise WeightsError(f"The codec {source} is not supported; MusicGen uses EnCodec.")
+    if (Path(source) / "config.json").is_file() or source.startswith("facebook/encodec"):
+        return _load_hf_encodec(source, device, cache_dir)
+    path = find_file(source, CODEC_FILE, cache_dir)
+    checkpoint = read_checkpoint(path)
+    if checkpoint.pretrained is not None:
+        beside = path.parent / checkpoint.pretrained
+        target = str(beside) if beside.exists() else checkpoint.pretrained
+        return load_compression_model(target, device, cache_dir)
+    if checkpoint.cfg is None:
+        raise WeightsError(f"{path.name} has no xp.cfg; give an official export of a codec.")
+    with torch.device("meta"):
+        model = get_compression_model(checkpoint.cfg)
+    assign_state(model, checkpoint.state, device)
+    return model.eval()
+
+
+def _load_hf_encodec(
+    source: str, device: torch.device | str, cache_dir: str | Path | None
+) -> CompressionModel:
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = fetch(source, "config.json", cache_dir).parent
+        fetch(source, "model.safetensors", cache_dir)
+    config = json.loads((folder / "config.json").read_text())
+    with torch.device("meta"):
+        model = hf_encodec.build(config)
+    state = _read_safetensors(folder / "model.safetensors").state
+    assign_state(model, hf_encodec.native_state(model, state), device)
+    return model.eval()
+
+
+def load_models(
+    source: str | Path, device: torch.device | str
+) -> tuple[LMModel, CompressionModel]:
+    """Language model and codec of a release folder or hub id, fitted to each other."""
+    lm = load_lm_model(source, device)
+    assert lm.cfg is not None, "load_lm_model always sets it"
+    codec = load_compression_model(source, device)
+    return lm, get_wrapped_compression_model(codec, lm.cfg)

@@ -1,0 +1,52 @@
+"""The released versions of MusicGen, in one table."""
+
+from dataclasses import dataclass
+
+from audiocraft.assets.store import BUNDLED
+
+
+@dataclass(frozen=True)
+class Version:
+    """A released checkpoint.
+
+    Attributes:
+        name: as users give it.
+        source: hub id, or the folder of a bundled version.
+        melody: whether it follows a melody.
+        stereo: whether it makes stereo.
+        license: SPDX-style name of the weights' licence.
+    """
+
+    name: str
+    source: str
+    melody: bool
+    stereo: bool
+    license: str = "cc-by-nc-4.0"
+
+
+def _release(name: str) -> Version:
+    return Version(name, f"facebook/musicgen-{name}", "melody" in name, "stereo" in name)
+
+
+_RELEASED = (
+    "small",
+    "medium",
+    "large",
+    "melody",
+    "melody-large",
+    "stereo-small",
+    "stereo-medium",
+    "stereo-large",
+    "stereo-melody",
+    "stereo-melody-large",
+)
+
+VERSIONS: dict[str, Version] = {name: _release(name) for name in _RELEASED} | {
+    "tiny": Version("tiny", str(BUNDLED / "tiny"), melody=True, stereo=True, license="apache-2.0")
+}
+"""Every version by its short name."""
+
+
+def resolve_source(name: str) -> str:
+    """Hub id or folder for a short name; anything else is taken as it is."""
+    return VERSIONS[name].source if name in VERSIONS else name

@@ -1,0 +1,205 @@
+"""The decoder: pre-norm transformer with causal self-attention and optional cross-attention.
+
+One forward serves training (whole sequence, no cache), prefill (whole sequence, empty cache) and
+decode (one step, filled cache). Golden tests: `lm_tiny_text_mono`, `lm_tiny_text_stereo`,
+`lm_tiny_melody`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Memory = Sequence[tuple[Tensor, Tensor]]
+"""Cross-attention keys and values of each layer, each (B, H, M, D)."""
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Shape of the decoder.
+
+    Attributes:
+        dim: width of the residual stream.
+        num_heads: attention heads; `dim` is a multiple of it.
+        num_layers: number of layers.
+        hidden_scale: width of the feed-forward layer over `dim`.
+        cross_attention: whether the layers attend to a condition.
+        bias_attn: biases in the attention projections.
+        bias_ff: biases in the feed-forward layers.
+    """
+
+    dim: int
+    num_heads: int
+    num_layers: int
+    hidden_scale: int = 4
+    cross_attention: bool = False
+    bias_attn: bool = False
+    bias_ff: bool = False
+
+
+class KVCache:
+    """Keys and values of all layers, allocated once for a whole generation.
+
+    Args:
+        config: shape of the decoder.
+        rows: B, rows of the batch.
+        max_steps: most positions that will be written.
+        device: where it lives.
+        dtype: of the activations.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        rows: int,
+        max_steps: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        shape = (
+            config.num_layers,
+            rows,
+            config.num_heads,
+            max_steps,
+            config.dim // config.num_heads,
+        )
+        self.keys = torch.empty(shape, device=device, dtype=dtype)  # (L, B, H, T, D)
+        self.values = torch.empty_like(self.keys)
+        self.length = 0
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put a step's keys and values (B, H, S, D) behind the filled part; return all of it."""
+        end = self.length + keys.shape[2]
+        self.keys[layer, :, :, self.length : end] = keys
+        self.values[layer, :, :, self.length : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+def sin_embedding(positions: Tensor, dim: int) -> Tensor:
+    """Sinusoidal positions: cosines in the first half, sines in the second.
+
+    The exponents run over `j / (dim / 2 - 1)`: MusicGen divides by half less one, not by half.
+    They are computed in float32 whatever the weights' type.
+
+    Args:
+        positions: (S,), counted from 0, the prefix included.
+        dim: even width.
+
+    Returns:
+        (S, dim), float32.
+    """
+    half = dim // 2
+    exponents = torch.arange(half, device=positions.device, dtype=torch.float32) / (half - 1)
+    phase = positions[:, None].float() / 10000.0**exponents
+    return torch.cat([phase.cos(), phase.sin()], dim=-1)
+
+
+class _Attention(nn.Module):
+    """What both kinds of attention share: one packed input projection, one output projection."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * config.dim, config.dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * config.dim)) if config.bias_attn else None
+        self.out_proj = nn.Linear(config.dim, config.dim, bias=config.bias_attn)
+
+    def _project(self, x: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
+        """Blocks `first` to `last` of (query, key, value), each (B, H, S, D)."""
+        dim = x.shape[-1]
+        rows = slice(first * dim, last * dim)
+        bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
+        packed = F.linear(x, self.in_proj_weight[rows], bias)
+        heads = packed.unflatten(-1, (last - first, self.num_heads, -1))  # (B, S, blocks, H, D)
+        return heads.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+        projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
+        return projected
+
+
+class SelfAttention(_Attention):
+    """Causal self-attention."""
+
+    def forward(self, x: Tensor, layer: int, cache: KVCache | None) -> Tensor:
+        """Attend from `x` (B, S, dim) to itself and to the cache's filled part.
+
+        With a filled cache S must be 1: the mask covers only sequences that start at position 0.
+        """
+        q, k, v = self._project(x, 0, 3)
+        if cache is not None:
+            k, v = cache.write(layer, k, v)
+        return self._attend(q, k, v, is_causal=q.shape[2] > 1)
+
+
+class CrossAttention(_Attention):
+    """Attention to a condition, whose keys and values are computed once."""
+
+    def project_memory(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H, M, D) of the condition (B, M, dim)."""
+        k, v = self._project(source, 1, 3)
+        return k.contiguous(), v.contiguous()
+
+    def forward(self, x: Tensor, memory: tuple[Tensor, Tensor]) -> Tensor:
+        """Attend from `x` (B, S, dim) to all of the memory.
+
+        No padding mask (golden tests `lm_tiny_*`): zeroed text padding is attended as well.
+        """
+        (q,) = self._project(x, 0, 1)
+        return self._attend(q, *memory, is_causal=False)
+
+
+class TransformerLayer(nn.Module):
+    """Self-attention, cross-attention if any, feed-forward; each behind a LayerNorm."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        dim, hidden = config.dim, config.dim * config.hidden_scale
+        self.self_attn = SelfAttention(config)
+        self.norm1 = nn.LayerNorm(dim)
+        if config.cross_attention:
+            self.cross_attention = CrossAttention(config)
+            self.norm_cross = nn.LayerNorm(dim)
+        self.linear1 = nn.Linear(dim, hidden, bias=config.bias_ff)
+        self.linear2 = nn.Linear(hidden, dim, bias=config.bias_ff)
+        self.norm2 = nn.LayerNorm(dim)
+
+    def forward(
+        self, x: Tensor, layer: int, memory: tuple[Tensor, Tensor] | None, cache: KVCache | None
+    ) -> Tensor:
+        """Residual stream in and out, (B, S, dim)."""
+        x = x + self.self_attn(self.norm1(x), layer, cache)
+        if memory is not None:
+            x = x + self.cross_attention(self.norm_cross(x), memory)
+        out: Tensor = x + self.linear2(F.gelu(self.linear1(self.norm2(x))))
+        return out
+
+
+class Transformer(nn.Module):
+    """The stack of layers, with positions added to its input."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.num_layers))
+
+    def project_memory(self, source: Tensor) -> Memory:
+        """Cross-attention keys and values of every layer for a condition (B, M, dim)."""
+        return [layer.cross_attention.project_memory(source) for layer in self.layers]
+
+    def forward(
+        self, x: Tensor, memory: Memory | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Run the layers over (B, S, dim); positions go on from the cache's filled part."""
+        start = 0 if cache is None else cache.length
+        steps = x.shape[1]
+        positions = torch.arange(start, start + steps, device=x.device)
+        x = x + sin_embedding(positions, x.shape[-1]).to(x.dtype)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, index, None if memory is None else memory[index], cache)
+        if cache is not None:
+            cache.length += steps
+        return x
