@@ -13,11 +13,20 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from audiocraft import __version__
 from audiocraft.models.builders import get_compression_model, get_lm_model
+from audiocraft.models.encodec import EncodecModel
 from metadata import genre_labels, instrument_classes, mood_theme_classes
 
 SEED = 2036
@@ -162,7 +171,12 @@ def corpus() -> list[str]:
     words += mood_theme_classes + instrument_classes
     keys = [f"{note}{sign}" for note in "ABCDEFG" for sign in ("", "#", "b")]
     lines = [f"{bpm} bpm {word.lower()}" for bpm, word in enumerate(words, start=60)]
-    lines += [f"{word} in {key} {mode}" for key in keys for mode in ("major", "minor") for word in words[::20]]
+    lines += [
+        f"{word} in {key} {mode}"
+        for key in keys
+        for mode in ("major", "minor")
+        for word in words[::20]
+    ]
     return lines
 
 
@@ -173,7 +187,10 @@ def make_text_encoder(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.UnigramTrainer(
-        vocab_size=512, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+        vocab_size=512,
+        special_tokens=["<pad>", "</s>", "<unk>"],
+        unk_token="<unk>",
+        show_progress=False,
     )
     tokenizer.train_from_iterator(corpus(), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -189,6 +206,31 @@ def make_text_encoder(folder: Path) -> None:
     T5EncoderModel(config).eval().save_pretrained(folder)
 
 
+@torch.no_grad()
+def calibrate(codec: EncodecModel) -> None:
+    """Let the random codec at least respond: codebooks from what it encodes, a level to hear.
+
+    Codebooks are random residuals of encoded tones and noise; the last convolution is scaled and
+    shifted so that random codes decode to audio with an RMS of 0.1 around zero.
+    """
+    seconds, pitches = 20, 50 * 80 ** torch.rand(40)
+    phase = torch.cumsum(pitches.repeat_interleave(seconds * 800) / codec.sample_rate, dim=0)
+    wav = 0.3 * torch.sin(2 * torch.pi * phase) + 0.1 * torch.randn_like(phase)
+    residual = codec.encoder(wav[None, None]).transpose(1, 2)
+    for codebook in codec.quantizer.codebooks:
+        vectors = residual[0, torch.randperm(residual.shape[1])[: codec.cardinality]]
+        codebook.embed.copy_(vectors)
+        codebook.embed_avg.copy_(vectors)
+        index = codebook.encode(residual[0])
+        residual = residual - codebook.decode(index)[None]
+    codes = torch.randint(codec.cardinality, (1, codec.num_codebooks, 500))
+    audio = codec.decode(codes)
+    last = codec.decoder.model[-1].conv["conv"]
+    gain = 0.1 / audio.std()
+    last.weight_g.mul_(gain)
+    last.bias.copy_((last.bias - audio.mean()) * gain)
+
+
 def save(model: torch.nn.Module, cfg: dict[str, object], path: Path, dtype: torch.dtype) -> None:
     """An export in safetensors: official keys, `xp.cfg` in the metadata."""
     state = {name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()}
@@ -202,6 +244,8 @@ def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     make_text_encoder(folder / "t5")
     codec = get_compression_model(OmegaConf.create(CODEC))
+    assert isinstance(codec, EncodecModel)
+    calibrate(codec)
     lm = get_lm_model(OmegaConf.create(LM), text_encoder=folder / "t5")
     save(codec, CODEC, folder / "compression_state_dict.safetensors", torch.float32)
     save(lm, LM, folder / "state_dict.safetensors", torch.float16)

@@ -5,7 +5,7 @@ Golden test: `generate_greedy`.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,11 +17,9 @@ from audiocraft.modules.codebooks_patterns import DelayedPatternProvider
 ProgressCallback = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
 
-State = TypeVar("State")
 
-
-class StepModel(Protocol[State]):
-    """What the engine asks of a language model."""
+class StepModel(Protocol):
+    """What the engine asks of a language model; what a decoding state is, only the model knows."""
 
     pattern_provider: DelayedPatternProvider
 
@@ -29,7 +27,7 @@ class StepModel(Protocol[State]):
     def special_token_id(self) -> int:
         """Token that stands where the pattern holds no code."""
 
-    def advance(self, state: State, sequence: Tensor) -> Tensor:
+    def advance(self, state: Any, sequence: Tensor) -> Tensor:
         """Feed (rows, K, S) tokens; logits (rows, K, card) for the step after the last."""
 
 
@@ -64,8 +62,8 @@ class Guidance:
 
 
 def generate_codes(
-    model: StepModel[State],
-    states: Sequence[State],
+    model: StepModel,
+    states: Sequence[Any],
     guidance: Guidance,
     prompt: Tensor,
     max_gen_len: int,

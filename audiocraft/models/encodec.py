@@ -195,7 +195,7 @@ class InterleaveStereoCompressionModel(CompressionModel):
         return self.model.total_codebooks
 
     def set_num_codebooks(self, n: int) -> None:
-        """Use only `n` codebooks, both channels together where they are interleaved per codebook."""
+        """Use only `n` codebooks, counted as `num_codebooks` does."""
         self.model.set_num_codebooks(n if self.per_timestep else n // 2)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -203,7 +203,7 @@ class InterleaveStereoCompressionModel(CompressionModel):
         if x.dim() != 3 or x.shape[1] != 2:  # noqa: PLR2004
             raise InputError(f"Audio has the shape {list(x.shape)}, this codec needs [B, 2, T].")
         codes, scale = self.model.encode(x.flatten(0, 1)[:, None])
-        codes = codes.unflatten(0, (-1, 2))  # (B, C, K, T)
+        codes = codes.view(-1, 2, *codes.shape[1:])  # (B, C, K, T)
         if self.per_timestep:
             codes = codes.permute(0, 2, 3, 1).flatten(2)
         else:
@@ -222,6 +222,6 @@ class InterleaveStereoCompressionModel(CompressionModel):
         wav = self.model.decode(both, None if scale is None else scale.reshape(-1, 1))
         return wav.view(-1, 2, wav.shape[-1])
 
-    def decode_latent(self, codes: Tensor) -> Tensor:
+    def decode_latent(self, codes: Tensor) -> Tensor:  # noqa: ARG002 - the base class has it
         """Refused: the two channels have no common latent."""
         raise InputError("Stereo codes have no single latent; split them and decode each channel.")

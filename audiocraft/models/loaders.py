@@ -276,9 +276,7 @@ def _load_hf_encodec(
     return model.eval()
 
 
-def load_models(
-    source: str | Path, device: torch.device | str
-) -> tuple[LMModel, CompressionModel]:
+def load_models(source: str | Path, device: torch.device | str) -> tuple[LMModel, CompressionModel]:
     """Language model and codec of a release folder or hub id, fitted to each other."""
     lm = load_lm_model(source, device)
     assert lm.cfg is not None, "load_lm_model always sets it"

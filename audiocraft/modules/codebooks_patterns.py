@@ -50,12 +50,12 @@ class Pattern:
 
     @property
     def layout(self) -> list[list[LayoutCoord]]:
-        """For each step the codes that stand there, ordered by codebook."""
+        """For each step what stands there, ordered by codebook; the last steps reach beyond T."""
         return [
             [
                 LayoutCoord(step - 1 - delay, q)
                 for q, delay in enumerate(self.delays)
-                if 0 <= step - 1 - delay < self.timesteps
+                if step > delay
             ]
             for step in range(self.num_sequence_steps + 1)
         ]

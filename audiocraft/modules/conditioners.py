@@ -6,7 +6,7 @@ Golden tests: `lm_tiny_text_mono`, `lm_tiny_text_stereo`, `lm_tiny_melody`.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -93,16 +93,16 @@ class T5Conditioner(nn.Module):
         super().__init__()
         self.output_proj = nn.Linear(dim, output_dim)
         self._source = source
-        self._encoder: tuple[Any, nn.Module] | None = None
+        self._encoder: tuple[Any, Any] | None = None
 
-    def load(self) -> tuple[Any, nn.Module]:
+    def load(self) -> tuple[Any, Any]:
         """The tokenizer and the encoder on the projection's device, from disk the first time."""
         if self._encoder is None:
             from transformers import T5EncoderModel, T5Tokenizer
 
             folder = self._source()
             tokenizer = T5Tokenizer.from_pretrained(folder, local_files_only=True)
-            model = T5EncoderModel.from_pretrained(
+            model: Any = T5EncoderModel.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
             )
             # A tuple, so that nn.Module does not take T5 for one of its own children.
@@ -276,10 +276,10 @@ class ConditioningProvider(nn.Module):
         tokenized: dict[str, Any] = {}
         for name in self.text_conditions:
             texts = [item.text.get(name) for item in inputs]
-            tokenized[name] = self.conditioners[name].tokenize(texts)
+            tokenized[name] = cast("T5Conditioner", self.conditioners[name]).tokenize(texts)
         for name in self.wav_conditions:
             wavs = [item.wav.get(name, null_wav()) for item in inputs]
-            tokenized[name] = self.conditioners[name].tokenize(wavs)
+            tokenized[name] = cast("ChromaStemConditioner", self.conditioners[name]).tokenize(wavs)
         return tokenized
 
     def forward(self, tokenized: Mapping[str, Any]) -> ConditionTensors:

@@ -5,7 +5,7 @@ Golden tests: `encodec_tiny`, `encodec_tiny_hf`.
 """
 
 import math
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +91,7 @@ class StreamableConv1d(nn.Module):
         # The last window is filled up, so that no sample is lost.
         extra = frames * self.stride - x.shape[-1]
         x = pad1d(x, total - right, right + extra, self.pad_mode)
-        conv = self.conv["conv"]
+        conv = cast("_WeightNorm", self.conv["conv"])
         return F.conv1d(x, conv.weight, conv.bias, self.stride, dilation=self.dilation)
 
 
@@ -127,6 +127,6 @@ class StreamableConvTranspose1d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, T) to (B, out_channels, T * stride)."""
-        convtr = self.convtr["convtr"]
+        convtr = cast("_WeightNorm", self.convtr["convtr"])
         y = F.conv_transpose1d(x, convtr.weight, convtr.bias, self.stride)
         return y[..., self.trim_left : y.shape[-1] - self.trim_right]

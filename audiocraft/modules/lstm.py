@@ -17,5 +17,5 @@ class StreamableLSTM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T) to (B, C, T)."""
-        y, _ = self.lstm(x.permute(2, 0, 1))
+        y: Tensor = self.lstm(x.permute(2, 0, 1))[0]
         return y.permute(1, 2, 0) + x

@@ -29,8 +29,8 @@ class StemSeparator:
         sources: names of the stems, in output order.
     """
 
-    def __init__(self, bag: nn.Module, device: torch.device | str) -> None:
-        self._bag: Any = bag.to(device).eval()
+    def __init__(self, bag: Any, device: torch.device | str) -> None:
+        self._bag = bag.to(device).eval()
         self.device = torch.device(device)
         self.sample_rate: int = self._bag.samplerate
         self.channels: int = self._bag.audio_channels
@@ -85,7 +85,7 @@ def load_separator(
     return StemSeparator(BagOfModels(models, bag.get("weights"), bag.get("segment")), device)
 
 
-def _load_model(path: Path) -> nn.Module:
+def _load_model(path: Path) -> Any:
     from demucs import demucs, hdemucs, htdemucs
     from safetensors import safe_open
 

@@ -7,6 +7,7 @@ decode (one step, filled cache). Golden tests: `lm_tiny_text_mono`, `lm_tiny_tex
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -112,8 +113,8 @@ class _Attention(nn.Module):
         rows = slice(first * dim, last * dim)
         bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
         packed = F.linear(x, self.in_proj_weight[rows], bias)
-        heads = packed.unflatten(-1, (last - first, self.num_heads, -1))  # (B, S, blocks, H, D)
-        return heads.permute(2, 0, 3, 1, 4).unbind(0)
+        heads = packed.view(*x.shape[:2], last - first, self.num_heads, -1)
+        return tuple(heads.permute(2, 0, 3, 1, 4).unbind(0))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
@@ -188,7 +189,10 @@ class Transformer(nn.Module):
 
     def project_memory(self, source: Tensor) -> Memory:
         """Cross-attention keys and values of every layer for a condition (B, M, dim)."""
-        return [layer.cross_attention.project_memory(source) for layer in self.layers]
+        return [
+            cast("TransformerLayer", layer).cross_attention.project_memory(source)
+            for layer in self.layers
+        ]
 
     def forward(
         self, x: Tensor, memory: Memory | None = None, cache: KVCache | None = None

@@ -3,6 +3,8 @@
 Golden test: `encodec_tiny`.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -70,21 +72,24 @@ class ResidualVectorQuantizer(nn.Module):
     @property
     def total_codebooks(self) -> int:
         """Codebooks that the file holds."""
-        return len(self._codebooks())
+        return len(self.codebooks)
 
     @property
     def num_codebooks(self) -> int:
         """Codebooks in use."""
         return self.n_q
 
-    def _codebooks(self) -> list[EuclideanCodebook]:
-        return [layer.codebook for layer in self.vq["layers"]]  # type: ignore[union-attr]
+    @property
+    def codebooks(self) -> list[EuclideanCodebook]:
+        """Every codebook, coarse to fine."""
+        layers = cast("nn.ModuleList", self.vq["layers"])
+        return [cast("_Layer", layer).codebook for layer in layers]
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes [B, K, T] of a latent (B, dimension, T)."""
         residual = x.transpose(1, 2)  # (B, T, dimension)
         codes = []
-        for codebook in self._codebooks()[: self.n_q]:
+        for codebook in self.codebooks[: self.n_q]:
             index = codebook.encode(residual.flatten(0, 1)).view(residual.shape[:2])
             residual = residual - codebook.decode(index)
             codes.append(index)
@@ -92,5 +97,5 @@ class ResidualVectorQuantizer(nn.Module):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Latent (B, dimension, T) of codes [B, K, T], K at most `total_codebooks`."""
-        books = zip(codes.unbind(1), self._codebooks(), strict=False)
+        books = zip(codes.unbind(1), self.codebooks, strict=False)
         return torch.stack([book.decode(index) for index, book in books]).sum(0).transpose(1, 2)

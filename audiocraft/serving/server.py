@@ -1,34 +1,56 @@
 """Cog's own HTTP server as a child process: started, watched, asked once, and always stopped."""
 
 import contextlib
-import ctypes
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+from audiocraft import errors
 from audiocraft.errors import AudiocraftError
 from audiocraft.serving.interface import Json
 
 _HOST: Final = "127.0.0.1"
 _POLL_SECONDS: Final = 0.05
-_STOP_SECONDS: Final = 5.0
+_STOP_SECONDS: Final = 2.0
 # What the model prints reaches the server's stderr only at level info, and only under these names.
 _LOG_FILTER: Final = "warn,coglet::setup=info,coglet::prediction=info,coglet::user=info"
-_PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
+# Waits for the end of its input, which comes with the end of this process, and kills the group.
+_WATCHDOG: Final = 'read -r _; kill -s KILL -- "-$1"'
+_OWN_ERRORS: Final = "|".join(
+    name
+    for name, value in vars(errors).items()
+    if isinstance(value, type) and issubclass(value, AudiocraftError)
+)
+# Cog puts up to four prefixes and the class before a message; ours are sentences by themselves.
+_WRAPPING: Final = re.compile(
+    r"^((worker setup|setup|prediction|training) failed( \(slot [^)]*\))?: )*"
+    rf"(({_OWN_ERRORS}): )?",
+    re.IGNORECASE,
+)
 
 
 class ServerError(AudiocraftError):
     """Cog's server could not be started, or did not answer as it should."""
+
+
+def plain_message(text: str) -> str:
+    """The message of an exception without what Cog wraps around it.
+
+    The class of an exception that is not of `audiocraft.errors` stays: it may be all there is.
+    """
+    return _WRAPPING.sub("", text.strip(), count=1)
 
 
 class CogServer:
@@ -52,16 +74,11 @@ class CogServer:
             probe.bind((_HOST, 0))
             self._port: int = probe.getsockname()[1]
         self._process: subprocess.Popen[str] | None = None
+        self._watchdog: subprocess.Popen[bytes] | None = None
         self._reader = threading.Thread(target=self._read_log, daemon=True)
+        self._complaints: deque[str] = deque(maxlen=20)
 
     def __enter__(self) -> Self:
-        libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-        def end_with_parent() -> None:
-            # The only way to be stopped when this process is killed outright.
-            if libc is not None:
-                libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
         try:
             self._process = subprocess.Popen(  # noqa: S603 - our own interpreter
                 [sys.executable, "-m", "cog.server.http", "--host", _HOST],
@@ -75,8 +92,8 @@ class CogServer:
                 # Its own group, so that its worker and theirs can be ended together, and so that
                 # Ctrl-C in a terminal reaches only us.
                 start_new_session=True,
-                preexec_fn=end_with_parent,  # noqa: PLW1509 - no thread runs yet
             )
+            self._watch(self._process)
             self._reader.start()
             self._wait_until_ready(self._process)
         except BaseException:
@@ -108,9 +125,7 @@ class CogServer:
         try:
             status, answer = self._request("POST", "/predictions", body)
         except (OSError, http.client.HTTPException) as error:
-            raise ServerError(
-                "The server ended before it had answered; its last lines say why."
-            ) from error
+            raise self._ended("it had answered") from error
         if status == http.HTTPStatus.UNPROCESSABLE_ENTITY:
             details = json.loads(answer)["detail"]
             raise ServerError(
@@ -134,8 +149,19 @@ class CogServer:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            if self._watchdog is not None:
+                self._watchdog.kill()  # before its end of the pipe closes: the group is gone
+                self._watchdog.communicate()
             # The pipe closes with its last writer; what was printed last is worth a moment.
             self._reader.join(_STOP_SECONDS)
+
+    def _watch(self, process: subprocess.Popen[str]) -> None:
+        """Sees to it that the group ends even when this process is killed outright."""
+        self._watchdog = subprocess.Popen(  # noqa: S603 - a constant script
+            ["/bin/sh", "-c", _WATCHDOG, "watchdog", str(process.pid)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
 
     def _environment(self) -> dict[str, str]:
         environment = dict(os.environ)
@@ -157,18 +183,15 @@ class CogServer:
         deadline = time.monotonic() + self._setup_timeout
         while time.monotonic() < deadline:
             if process.poll() is not None:
-                raise ServerError(
-                    "The server ended before the model was set up; its last lines say why."
-                )
+                raise self._ended("the model was set up")
             with contextlib.suppress(OSError, http.client.HTTPException):
                 _, answer = self._request("GET", "/health-check", timeout=_STOP_SECONDS)
                 health: Json = json.loads(answer)
                 if health["status"] == "READY":
                     return
                 if health["status"] not in ("UNKNOWN", "STARTING"):
-                    raise ServerError(
-                        f"Model setup failed: {(health.get('setup') or {}).get('logs', '').strip()}"
-                    )
+                    logs = (health.get("setup") or {}).get("logs", "")
+                    raise ServerError(f"Model setup failed: {plain_message(logs)}")
             time.sleep(_POLL_SECONDS)
         raise ServerError(
             f"Model setup took longer than {self._setup_timeout:g} seconds; "
@@ -187,28 +210,27 @@ class CogServer:
         finally:
             connection.close()
 
+    def _ended(self, moment: str) -> ServerError:
+        self._reader.join(_POLL_SECONDS)
+        return ServerError("\n".join([f"The server ended before {moment}.", *self._complaints]))
+
     def _read_log(self) -> None:
+        """Passes on what the model prints, and keeps the server's own warnings for an error.
+
+        The lines are JSON objects. What the model prints carries its `source`, what its children
+        print has the target `coglet::user`, all else is the server's own.
+        """
         process = self._process
         assert process is not None
         assert process.stdout is not None
         for line in process.stdout:
-            text = _log_text(line.rstrip("\n"))
-            if text is not None:
-                self._log(text)
-
-
-def _log_text(line: str) -> str | None:
-    """What a user wants to see of one line of the server's log, None for nothing.
-
-    The lines are JSON objects; what the model prints carries its `source`, what its children print
-    has the target `coglet::user`, all else is the server's own.
-    """
-    try:
-        entry = json.loads(line)
-        fields = entry["fields"]
-        message = str(fields["message"])
-        if "source" in fields or entry["target"] == "coglet::user":
-            return message
-        return f"cog: {message}" if entry["level"] in ("WARN", "ERROR") else None
-    except (ValueError, KeyError, TypeError):
-        return line
+            try:
+                entry = json.loads(line)
+                fields, message = entry["fields"], str(entry["fields"]["message"])
+            except (ValueError, KeyError, TypeError):
+                self._log(line.rstrip("\n"))
+                continue
+            if "source" in fields or entry.get("target") == "coglet::user":
+                self._log(message)
+            elif entry.get("level") in ("WARN", "ERROR"):
+                self._complaints.append(message)
