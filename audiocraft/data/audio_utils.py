@@ -5,21 +5,22 @@ scipy, julius and soxr are imported where they are used, so that the model packa
 
 import logging
 import math
-from typing import TYPE_CHECKING, Final, Literal, get_args
+from typing import Final
 
+import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from audiocraft.errors import InputError
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
 logger = logging.getLogger(__name__)
 
-Strategy = Literal["clip", "loudness", "peak", "rms"]
-STRATEGIES: Final[tuple[str, ...]] = get_args(Strategy)
+STRATEGIES: Final = ("loudness", "clip", "peak", "rms")
+
+_STEREO: Final = 2
 
 # julius holds one filter for each phase: 44.1 to 32 kHz takes 0.16 M taps, 44101 Hz would take
 # 1.4 G (5.6 GB). No pair of customary rates comes near this limit.
@@ -83,7 +84,7 @@ def convert_audio_channels(wav: Tensor, channels: int = 2) -> Tensor:
     Raises:
         InputError: no rule leads from C to `channels`, such as 2 to 6.
     """
-    if wav.dim() < 2:  # noqa: PLR2004 - (C, T)
+    if wav.dim() <= 1:
         raise InputError(f"Audio has the shape {tuple(wav.shape)}; give it as (channels, samples).")
     present = wav.shape[-2]
     if present == channels:
@@ -92,7 +93,7 @@ def convert_audio_channels(wav: Tensor, channels: int = 2) -> Tensor:
         return wav.mean(dim=-2, keepdim=True)
     if channels > 1 and present == 1:
         return wav.repeat_interleave(channels, dim=-2)
-    if channels == 2 and present > 1:  # noqa: PLR2004 - stereo
+    if channels == _STEREO and present > 1:
         return _stereo_downmix(present).to(wav) @ wav
     raise InputError(
         f"Audio of {present} channels cannot become {channels}; only mono can be copied, and only "
@@ -115,9 +116,6 @@ def measure_loudness(wav: Tensor, sample_rate: int) -> float:
     Raises:
         InputError: more than 5 channels, for which there are no weights.
     """
-    import numpy as np
-    from numpy.lib.stride_tricks import sliding_window_view
-
     samples = np.atleast_2d(wav.detach().cpu().double().numpy())
     channels, length = samples.shape
     if channels > len(_LOUDNESS_WEIGHTS):
@@ -261,23 +259,23 @@ def f32_pcm(wav: Tensor) -> Tensor:
         return wav
     if wav.dtype not in {torch.int16, torch.int32}:
         raise InputError(f"Audio is {wav.dtype}; give it as int16, int32 or floating point.")
-    return wav.float() / 2 ** (8 * wav.element_size() - 1)
+    return wav.float() / (1 << (8 * wav.element_size() - 1))
 
 
 def _resample(wav: Tensor, from_rate: float, to_rate: float) -> Tensor:
-    """(*, T) at another rate, (*, T * to_rate // from_rate)."""
+    """(*, T) at another rate; julius counts in float32, so beyond 2^24 samples a few may lack."""
     for rate in (from_rate, to_rate):
         if rate <= 0 or rate != int(rate):
             raise InputError(f"A sample rate is {rate} Hz; give a positive whole number.")
     source, target = int(from_rate), int(to_rate)
     if source == target or not wav.numel():
-        return wav[..., : wav.shape[-1] * target // source]
+        return wav
     common = math.gcd(source, target)
     phases, stride = target // common, source // common
     width = 2 * _JULIUS_ZEROS * stride // min(phases, stride) + stride
     if phases * width > _MAX_JULIUS_TAPS:
         return _resample_odd_rates(wav, source, target)
-    from julius import resample_frac
+    from julius.resample import resample_frac
 
     resampled: Tensor = resample_frac(wav, source, target)
     return resampled
@@ -290,7 +288,7 @@ def _resample_odd_rates(wav: Tensor, source: int, target: int) -> Tensor:
     length = wav.shape[-1] * target // source
     signals = wav.detach().cpu().float().reshape(-1, wav.shape[-1]).T.numpy()
     resampled = torch.from_numpy(soxr.resample(signals, source, target)[:length]).T
-    resampled = torch.nn.functional.pad(resampled, (0, length - resampled.shape[-1]))
+    resampled = F.pad(resampled, (0, length - resampled.shape[-1]))
     return resampled.reshape(*wav.shape[:-1], length).to(wav)
 
 
@@ -302,18 +300,18 @@ def _stereo_downmix(channels: int) -> Tensor:
     return gains / gains.sum(dim=1, keepdim=True)
 
 
-def _k_weighted(samples: "NDArray[np.float64]", sample_rate: int) -> "NDArray[np.float64]":
+def _k_weighted(samples: NDArray[np.float64], sample_rate: int) -> NDArray[np.float64]:
     """The two filters of BS.1770, (C, T), after the RBJ audio EQ cookbook.
 
-    Two quirks of the official package's numbers (torchaudio's) are kept: float32 coefficients, and
-    each filter's output cut at full scale. They move the fixtures by 3e-4 and by 1 LU.
+    Two quirks of the official package's numbers (torchaudio's) are kept: coefficients rounded
+    to float32 (3e-4 LU on the fixtures) and each filter's output cut at full scale (1 LU).
     Golden test: `test_loudness_matches_the_official_package`.
     """
-    import numpy as np
     from scipy.signal import lfilter
 
     for numerator, denominator in (_high_shelf(sample_rate), _high_pass(sample_rate)):
-        samples = lfilter(np.float32(numerator), np.float32(denominator), samples).clip(-1, 1)
+        coefficients = np.array([numerator, denominator], dtype=np.float32)
+        samples = lfilter(*(coefficients / coefficients[1, 0]), samples).clip(-1, 1)
     return samples
 
 

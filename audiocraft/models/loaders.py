@@ -7,6 +7,7 @@ Golden tests: `tiny_release`, `encodec_tiny_hf`.
 
 import json
 import pickle
+import re
 import typing
 import zipfile
 from collections import defaultdict
@@ -47,8 +48,10 @@ _CONFIG_CLASSES: list[Any] = [
     Metadata,
     defaultdict,
     dict,
+    float,
     int,
     list,
+    str,
     typing.Any,
 ]
 
@@ -69,11 +72,14 @@ class Checkpoint:
 
 
 def _read_safetensors(path: Path) -> Checkpoint:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(str(path), framework="pt") as file:
-        metadata = file.metadata() or {}
-        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        raise WeightsError(f"{path.name} is broken ({error}); fetch it again.") from error
     return Checkpoint(state, _resolve(metadata.get("xp.cfg")), metadata.get("pretrained"))
 
 
@@ -84,10 +90,15 @@ def _read_torch(path: Path) -> Checkpoint:
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        code = re.search(r"(?i)unsupported (?:global: )?GLOBAL (\S+)", str(error))
+        if code:
+            raise WeightsError(
+                f"{path.name} would run {code[1]} while it is read, which is never done; take an "
+                "official export or a fine-tune."
+            ) from error
         raise WeightsError(
-            f"{path.name} is not a file of MusicGen weights, or it holds more than tensors and "
-            f"settings, which is never run ({reason}); take an official export or a fine-tune."
+            f"{path.name} is not a file of MusicGen weights; take an official export or a "
+            "fine-tune."
         ) from error
     if not isinstance(package, dict):
         raise WeightsError(f"{path.name} is not a file of MusicGen weights.")

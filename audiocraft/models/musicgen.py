@@ -137,12 +137,14 @@ class MusicGen:
             InputError: a value is out of its range.
         """
         SamplingParams(use_sampling, temperature, top_k, top_p)
+        if int(duration * self.frame_rate) < 1:
+            raise InputError(f"duration is {duration} s, it must be at least one frame.")
         if extend_stride is None:
             extend_stride = min(18.0, 0.6 * self.max_duration)
         if not 0 < extend_stride < self.max_duration:
             raise InputError(
-                f"extend_stride is {extend_stride} s, it must be above 0 and below the context of "
-                f"{self.max_duration} s."
+                f"extend_stride is {extend_stride:g} s, it must be above 0 and below the context of "
+                f"{self.max_duration:g} s."
             )
         self.extend_stride = extend_stride
         self.duration = duration
@@ -327,8 +329,8 @@ class MusicGen:
             )
         if self.extend_stride >= self.max_duration:
             raise InputError(
-                f"extend_stride is {self.extend_stride} s, it must be below the context of "
-                f"{self.max_duration} s."
+                f"extend_stride is {self.extend_stride:g} s, it must be below the context of "
+                f"{self.max_duration:g} s."
             )
         stride = int(self.frame_rate * self.extend_stride)
         windows = plan_windows(total, context, stride, prompt_len)

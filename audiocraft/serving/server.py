@@ -169,6 +169,9 @@ class CogServer:
         paths = [str(Path(sys.executable).parent), environment.get("PATH", os.defpath)]
         modules = [str(self._project), environment.get("PYTHONPATH", "")]
         filters = [_LOG_FILTER, environment.get("RUST_LOG", "")]
+        weights = environment.get("COG_WEIGHTS", "")
+        if Path(weights).is_file():  # of the user's folder; the server has another
+            environment["COG_WEIGHTS"] = str(Path(weights).absolute())
         return environment | {
             "PATH": os.pathsep.join(paths),
             "PYTHONPATH": os.pathsep.join(filter(None, modules)),

@@ -13,7 +13,7 @@ Two differences of transformers are known and kept out of the comparisons:
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,10 +48,11 @@ CARD = 32
 CODEBOOKS = 4  # of each channel
 FRAMES = 11  # timesteps of codes
 GUIDANCE = 3.0
+SEED = 5  # leaves that margin in every generation below
 
 LOGITS_TOLERANCE = 1e-4
 AUDIO_TOLERANCE = 1e-5
-MIN_MARGIN = 1e-4  # between the two most likely tokens, so that rounding cannot decide
+MIN_MARGIN = 5e-4  # between the two most likely tokens, so that rounding cannot decide
 
 SAME_LENGTH = ("happy rock", "sad piano", "slow jazz")
 PADDED = ("happy rock", "very slow piano and guitar with drums", None)
@@ -104,9 +105,18 @@ MELODY_SECONDS = [0.5, 1.3, 2.0, 2.9]  # the context is 2 s: repeated, repeated,
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
-def randomize(module: nn.Module, seed: int) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tensors this small only wait for other threads, for minutes where the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def randomize(module: nn.Module) -> None:
     """Random weights with gains and biases that count, unlike those of a fresh model."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(SEED)
     for name, weight in module.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)
         if "embed_tokens" in name:
@@ -119,7 +129,7 @@ def randomize(module: nn.Module, seed: int) -> None:
 
 
 @torch.no_grad()
-def their_codec(seed: int = 0, **settings: Any) -> EncodecModel:
+def their_codec(**settings: Any) -> EncodecModel:
     """A codec of transformers like `facebook/encodec_32khz`, but small."""
     config: dict[str, Any] = {
         "sampling_rate": SAMPLE_RATE,
@@ -132,11 +142,11 @@ def their_codec(seed: int = 0, **settings: Any) -> EncodecModel:
         "use_conv_shortcut": False,
         "pad_mode": "constant",
     }
-    torch.manual_seed(seed)
+    torch.manual_seed(SEED)
     codec = EncodecModel(EncodecConfig(**config | settings)).eval()
     for name, weight in codec.named_parameters():
         if name.endswith("original0"):  # lengths unlike those of their directions, and no silence
-            weight.data *= 1.5 + torch.rand(weight.shape)
+            weight.data *= 1 + torch.rand(weight.shape)
     # Codebooks are zeros in a fresh model. Latents of noise make them such that all codes occur.
     frames = CARD * len(codec.quantizer.layers)
     noise = torch.randn(1, codec.config.audio_channels, frames * codec.config.hop_length)
@@ -169,12 +179,10 @@ def our_codec(codec: EncodecModel, folder: Path, older_names: bool = False) -> C
     return load_compression_model(folder)
 
 
-def their_model(
-    kind: type[nn.Module], config: Callable[..., Any], shape: Shape, seed: int = 0
-) -> Any:
+def their_model(kind: type[nn.Module], config: Callable[..., Any], shape: Shape) -> Any:
     """A random MusicGen of transformers with the text encoder of the golden tests."""
     text_encoder = T5EncoderModel.from_pretrained(TEXT_ENCODER)
-    codec = their_codec(seed)
+    codec = their_codec()
     decoder = {
         "vocab_size": CARD,
         "hidden_size": shape.dim,
@@ -193,7 +201,7 @@ def their_model(
             decoder=decoder,
         )
     )
-    randomize(model, seed)
+    randomize(model)
     model.text_encoder.load_state_dict(text_encoder.state_dict())
     model.audio_encoder.load_state_dict(codec.state_dict())
     model.generation_config.update(
@@ -207,7 +215,7 @@ def their_model(
 their_text_model = partial(their_model, MusicgenForConditionalGeneration, MusicgenConfig)
 
 
-def their_melody_model(shape: Shape, chroma_length: int) -> MusicgenMelodyForConditionalGeneration:
+def their_melody_model(shape: Shape, chroma_length: int) -> Any:
     config = partial(MusicgenMelodyConfig, chroma_length=chroma_length)
     return their_model(MusicgenMelodyForConditionalGeneration, config, shape)
 
@@ -315,7 +323,11 @@ def text_case(shape: Shape) -> Case:
 
 
 def melody_case(shape: Shape, seconds: float) -> Case:
-    """The melody model, with texts of different lengths and one item without text."""
+    """The melody model, with texts of different lengths and one item without text.
+
+    Transformers gets our chroma (its own needs torchaudio; ours has the golden test `chroma`), in
+    its true length: both repeat or cut it to the context.
+    """
     ours = our_model("lm_tiny_melody", shape)
     conditioner: Any = ours.condition_provider.conditioners["self_wav"]
     theirs = their_melody_model(shape, conditioner.chroma_len)

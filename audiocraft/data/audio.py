@@ -1,0 +1,478 @@
+"""Audio files: what they hold, reading, writing.
+
+Content decides how a file is read, its name never does. soundfile reads what it reads exactly;
+ffmpeg decodes the rest (m4a, mp4, webm, wma, mp3, ... and the sound of videos) to 32-bit floats, so
+that peaks above full scale survive. A time in seconds is rounded to the nearest sample, and a piece
+of a file equals the same piece of the whole file, in every format.
+
+A file that was cut off yields what is left where its decoder calls that a success, as those of WAV,
+Ogg, MP3 and WebM do; FLAC and m4a are errors then. Damage inside a file is an error, but for Ogg
+and MP3, which are made to go on after it: players do, and an MP3's unknown tags are damage to
+ffmpeg. It warns in the log then.
+"""
+
+import io
+import logging
+import math
+import os
+import re
+import shutil
+import stat
+import subprocess
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from audiocraft.data.audio_utils import i16_pcm, normalize_audio
+from audiocraft.errors import AudioFileError, InputError
+
+logger = logging.getLogger(__name__)
+
+FORMATS: Final = ("wav", "mp3", "flac", "ogg")
+
+_BLOCK: Final = 1 << 20  # samples; a header's promise of more is not allocated before it is read
+_UNKNOWN_LENGTH: Final = (1 << 63) - 1  # libsndfile's SF_COUNT_MAX: a FLAC that was streamed
+
+# Containers that hold their own sound. ffmpeg would also follow playlists (hls, concat, dash, sdp),
+# which name other files of this machine.
+_DEMUXERS: Final = (
+    "aac,ac3,aiff,amr,ape,asf,au,avi,caf,dsf,dts,eac3,flac,flv,loas,matroska,mov,mp3,mpc,mpc8,mpeg,"
+    "mpegts,ogg,tak,tta,voc,w64,wav,wv"
+)
+# The suffix says nothing this way, and a name with a colon, a percent sign or a leading dash is
+# safe. ffmpeg opens it as an ordinary file, so it can seek (a pipe can't be searched for the index
+# that many m4a files have at their end).
+_FFMPEG_INPUT: Final = "file:/dev/stdin"
+_FFMPEG_PADDING: Final = ("Conversion failed!", "    Last message repeated")
+
+_MP3_RATES: Final = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
+_STEREO: Final = 2
+
+
+@dataclass(frozen=True)
+class AudioFileInfo:
+    """What an audio file holds.
+
+    Attributes:
+        sample_rate: Hz.
+        duration: seconds.
+        channels: how many.
+    """
+
+    sample_rate: int
+    duration: float
+    channels: int
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What libsndfile says of a file."""
+
+    sample_rate: int
+    channels: int
+    frames: int
+    is_ogg: bool
+    is_mpeg: bool
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether soundfile reads the file as it is meant.
+
+        Not so an MP3: without a Xing header the length is an estimate, and libsndfile stops there
+        (1.4 of 6.4 s of a measured one). Nor Ogg with more than two channels, which come in
+        Vorbis's own order, nor a FLAC of unknown length, in which libsndfile can't seek.
+        """
+        reordered = self.is_ogg and self.channels > _STEREO
+        return not (self.is_mpeg or reordered or self.frames == _UNKNOWN_LENGTH)
+
+
+def audio_info(filepath: str | Path) -> AudioFileInfo:
+    """Sample rate, duration and channels of a file, as `audio_read` would return them.
+
+    What ffmpeg reads is decoded for that (some 500 times faster than it plays): containers state
+    durations that are rounded, estimated or missing.
+
+    Args:
+        filepath: any file that `audio_read` reads.
+
+    Raises:
+        AudioFileError: as for `audio_read`.
+    """
+    path = _existing_file(filepath)
+    header = _soundfile_header(path)
+    if header is not None and header.is_exact:
+        if not header.frames:
+            raise _no_samples(path)
+        return AudioFileInfo(
+            header.sample_rate, header.frames / header.sample_rate, header.channels
+        )
+    samples, sample_rate = _decode(path, skip_damage=header is not None and header.is_mpeg)
+    frames, channels = samples.shape
+    return AudioFileInfo(sample_rate, frames / sample_rate, channels)
+
+
+def audio_read(
+    filepath: str | Path, seek_time: float = 0.0, duration: float = -1.0, pad: bool = False
+) -> tuple[Tensor, int]:
+    """Read a file or a piece of it.
+
+    Args:
+        filepath: audio, or a video, of which the first audio stream is read; the name's suffix does
+            not matter.
+        seek_time: seconds to leave out at the start.
+        duration: seconds to read; 0 or less reads to the end. At the end of the file the result is
+            shorter.
+        pad: append silence where the result would be shorter than `duration`.
+
+    Returns:
+        Samples (C, T), float32, in [-1, 1] but for formats that hold more; and the sample rate, Hz.
+
+    Raises:
+        InputError: `seek_time` or `duration` is no usable number.
+        AudioFileError: the file is missing, empty, damaged, no audio, or ends before `seek_time`;
+            or it takes ffmpeg to read it, which is not installed.
+    """
+    if not (math.isfinite(seek_time) and seek_time >= 0):
+        raise InputError(f"seek_time is {seek_time}; give 0 or more seconds.")
+    if not math.isfinite(duration):
+        raise InputError(f"duration is {duration}; give seconds, or -1 to read to the end.")
+    path = _existing_file(filepath)
+    header = _soundfile_header(path)
+    if header is not None and header.is_exact:
+        sample_rate = header.sample_rate
+        start, stop = _piece(path, header.frames, sample_rate, seek_time, duration)
+        samples = _read_soundfile(path, start, stop)
+    else:
+        samples, sample_rate = _decode(
+            path,
+            end=seek_time + duration if duration > 0 else None,
+            skip_damage=header is not None and header.is_mpeg,
+        )
+        start, stop = _piece(path, len(samples), sample_rate, seek_time, duration)
+        samples = samples[start:stop]
+    if not np.isfinite(samples).all():
+        raise AudioFileError(
+            f"{path.name} holds samples that are not numbers (NaN or infinite); export it again."
+        )
+    wav = torch.from_numpy(np.ascontiguousarray(samples.T))
+    if pad and duration > 0:
+        wav = F.pad(wav, (0, max(0, round(duration * sample_rate) - wav.shape[-1])))
+    return wav, sample_rate
+
+
+def audio_write(
+    stem_name: str | Path,
+    wav: Tensor,
+    sample_rate: int,
+    format: str = "wav",  # noqa: A002 - the official name
+    mp3_rate: int = 320,
+    ogg_rate: int | None = None,
+    normalize: bool = True,
+    strategy: str = "peak",
+    peak_clip_headroom_db: float = 1,
+    rms_headroom_db: float = 18,
+    loudness_headroom_db: float = 14,
+    loudness_compressor: bool = False,
+    log_clipping: bool = True,
+    make_parent_dir: bool = True,
+    add_suffix: bool = True,
+) -> Path:
+    """Set the level and write a file.
+
+    The file appears under its name when it is whole. Equal input gives equal bytes.
+
+    Args:
+        stem_name: path without the suffix.
+        wav: (T,) or (C, T), floating point, any device, full scale is 1.
+        sample_rate: Hz.
+        format: `wav` or `flac`, both 16 bit, `mp3` or `ogg` (Vorbis).
+        mp3_rate: kbit/s.
+        ogg_rate: kbit/s; None for Vorbis's default quality.
+        normalize: as all arguments up to `log_clipping`, see `audio_utils.normalize_audio`. What
+            exceeds full scale afterwards is cut off.
+        strategy: `peak`, `rms`, `loudness` or `clip`.
+        peak_clip_headroom_db: dB below full scale.
+        rms_headroom_db: dB below full scale.
+        loudness_headroom_db: LU below 0 LKFS.
+        loudness_compressor: bend peaks softly below full scale.
+        log_clipping: warn in the log where peaks are cut off.
+        make_parent_dir: create the folder.
+        add_suffix: append `.` and the format to `stem_name`.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        InputError: an argument that the format or the strategy does not take, or samples that are
+            not numbers.
+        AudioFileError: the file cannot be written, or ffmpeg is missing (mp3 and ogg).
+    """
+    if format not in FORMATS:
+        raise InputError(f"format must be one of {', '.join(FORMATS)}, not {format!r}.")
+    if not wav.is_floating_point():
+        raise InputError(f"Audio is {wav.dtype}; give it as floating point.")
+    if wav.dim() not in (1, 2) or not wav.numel():
+        raise InputError(
+            f"Audio has the shape {tuple(wav.shape)}; give it as (channels, samples), not empty."
+        )
+    wav = wav.detach().cpu().float().reshape(-1, wav.shape[-1])
+    if not bool(wav.isfinite().all()):
+        raise InputError("Audio holds samples that are not numbers (NaN or infinite).")
+    if sample_rate <= 0 or sample_rate != int(sample_rate):
+        raise InputError(f"sample_rate is {sample_rate} Hz; give a positive whole number.")
+    if format == "mp3" and (sample_rate not in _MP3_RATES or len(wav) > _STEREO):
+        raise InputError(
+            f"MP3 takes up to {_STEREO} channels at {', '.join(map(str, _MP3_RATES))} Hz, "
+            f"not {len(wav)} at {sample_rate} Hz: convert the audio or choose wav or flac."
+        )
+    path = Path(f"{stem_name}.{format}" if add_suffix else stem_name)
+    wav = normalize_audio(
+        wav,
+        normalize,
+        strategy,
+        peak_clip_headroom_db,
+        rms_headroom_db,
+        loudness_headroom_db,
+        loudness_compressor,
+        log_clipping,
+        sample_rate,
+        str(stem_name),
+    )
+    pcm = np.ascontiguousarray(i16_pcm(wav).numpy().T)
+    bitrate = {"mp3": mp3_rate, "ogg": ogg_rate}.get(format)
+    try:
+        if make_parent_dir:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with _whole_file(path) as file:
+            if format in {"wav", "flac"}:
+                _write_soundfile(file, pcm, int(sample_rate), format, path)
+            else:
+                _write_pydub(file, pcm, int(sample_rate), format, bitrate, path)
+    except OSError as error:
+        raise _not_written(path, error.strerror or str(error)) from error
+    return path
+
+
+def _existing_file(filepath: str | Path) -> Path:
+    path = Path(filepath)
+    try:
+        status = path.stat()
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        raise _not_opened(path, error) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise AudioFileError(f"{path.name} is not a file; give the path of an audio file.")
+    if not status.st_size:
+        raise AudioFileError(f"{path.name} is empty (0 bytes); export or upload it again.")
+    return path
+
+
+def _soundfile_header(path: Path) -> _Header | None:
+    """None where libsndfile does not know the format."""
+    import soundfile
+
+    try:
+        # By descriptor, for soundfile takes a name's suffix into account.
+        with path.open("rb") as file, soundfile.SoundFile(file.fileno(), closefd=False) as sound:
+            return _Header(
+                sample_rate=sound.samplerate,
+                channels=sound.channels,
+                frames=sound.frames,
+                is_ogg=sound.format == "OGG",
+                is_mpeg=sound.subtype.startswith("MPEG"),
+            )
+    except OSError as error:
+        raise _not_opened(path, error) from error
+    except soundfile.LibsndfileError:
+        return None
+
+
+def _read_soundfile(path: Path, start: int, stop: int) -> NDArray[np.float32]:
+    """Samples [start, stop) of a file that libsndfile knows, (T, C)."""
+    import soundfile
+
+    blocks = []
+    missing = stop - start
+    try:
+        with path.open("rb") as file, soundfile.SoundFile(file.fileno(), closefd=False) as sound:
+            sound.seek(start)
+            while missing:
+                block = sound.read(min(missing, _BLOCK), dtype="float32", always_2d=True)
+                if not len(block):
+                    raise _damaged(path, f"{missing / sound.samplerate:.2f} s are missing")
+                blocks.append(block)
+                missing -= len(block)
+    except soundfile.LibsndfileError as error:
+        raise _damaged(path, _libsndfile_reason(error.error_string)) from error
+    return np.concatenate(blocks)
+
+
+def _decode(
+    path: Path, *, end: float | None = None, skip_damage: bool
+) -> tuple[NDArray[np.float32], int]:
+    """Decode the first audio stream with ffmpeg.
+
+    Always from the start: AAC and MP3 frames need their predecessors, so a decoder that starts in
+    the middle gives other samples.
+
+    Args:
+        path: an existing file.
+        end: seconds after which nothing is needed.
+        skip_damage: whether to go on where something cannot be decoded.
+
+    Returns:
+        Samples (T, C), and the sample rate, Hz.
+    """
+    import soundfile
+
+    ffmpeg = _ffmpeg(path)
+    command = [ffmpeg, "-v", "error", "-nostdin", "-format_whitelist", _DEMUXERS]
+    command += [] if skip_damage else ["-xerror"]
+    command += ["-i", _FFMPEG_INPUT, "-map", "0:a:0"]
+    # A second more than needed, for audio that does not start at time 0.
+    command += [] if end is None else ["-t", f"{end + 1:.6f}"]
+    command += ["-c:a", "pcm_f32le", "-f", "wav", "pipe:1"]
+    with path.open("rb") as file:
+        result = subprocess.run(  # noqa: S603 - no shell, and nothing of a user's in the command
+            command, stdin=file, capture_output=True, check=False
+        )
+    messages = result.stderr.decode(errors="replace")
+    if "matches no streams" in messages:
+        raise AudioFileError(f"{path.name} has no audio stream; choose a file with sound.")
+    if result.returncode:
+        raise AudioFileError(
+            f"{path.name} cannot be read as audio (ffmpeg: {_reason(messages)}); check that it is "
+            "whole and plays, or convert it to WAV."
+        )
+    if messages:
+        logger.warning("%s was read, but its decoder reported: %s", path.name, _reason(messages))
+    samples, sample_rate = soundfile.read(
+        io.BytesIO(result.stdout), dtype="float32", always_2d=True
+    )
+    if not len(samples):
+        raise _no_samples(path)
+    return samples, sample_rate
+
+
+def _piece(
+    path: Path, frames: int, sample_rate: int, seek_time: float, duration: float
+) -> tuple[int, int]:
+    """First sample of a piece and the one after its last."""
+    if not frames:
+        raise _no_samples(path)
+    start = round(seek_time * sample_rate)
+    if start >= frames:
+        raise AudioFileError(
+            f"{path.name} is {frames / sample_rate:.2f} s long, so nothing can be read from "
+            f"{seek_time:g} s on; start earlier."
+        )
+    if duration <= 0:
+        return start, frames
+    return start, min(frames, start + max(1, round(duration * sample_rate)))
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes its name when the block ends, and that is gone where the block fails."""
+    unfinished = path.with_name(f".{uuid.uuid4().hex}.part")
+    with unfinished.open("xb+") as file:
+        try:
+            yield file
+            file.close()  # a full disk may show only now
+            unfinished.replace(path)
+        except BaseException:
+            unfinished.unlink()
+            raise
+
+
+def _write_soundfile(
+    file: BinaryIO, pcm: NDArray[np.int16], sample_rate: int, container: str, path: Path
+) -> None:
+    import soundfile
+
+    try:
+        soundfile.write(file, pcm, sample_rate, subtype="PCM_16", format=container.upper())
+    except soundfile.LibsndfileError as error:
+        raise _not_written(path, _libsndfile_reason(error.error_string)) from error
+
+
+def _write_pydub(
+    file: BinaryIO,
+    pcm: NDArray[np.int16],
+    sample_rate: int,
+    container: str,
+    bitrate: int | None,
+    path: Path,
+) -> None:
+    _ffmpeg(path)  # pydub would warn on its import and fail without a name
+    from pydub import AudioSegment
+    from pydub.exceptions import CouldntEncodeError
+
+    segment = AudioSegment(
+        data=pcm.tobytes(), sample_width=2, frame_rate=sample_rate, channels=pcm.shape[1]
+    )
+    try:
+        segment.export(
+            file,
+            format=container,
+            codec={"mp3": "libmp3lame", "ogg": "libvorbis"}[container],
+            bitrate=None if bitrate is None else f"{bitrate}k",
+            # bitexact: no random Ogg serial number, no version of the encoder
+            parameters=["-v", "error", "-fflags", "+bitexact", "-flags:a", "+bitexact"],
+        )
+    except CouldntEncodeError as error:
+        raise _not_written(path, f"ffmpeg: {_reason(str(error))}") from error
+
+
+def _ffmpeg(path: Path) -> str:
+    ffmpeg = shutil.which("ffmpeg")
+    if ffmpeg is None:
+        raise AudioFileError(
+            f"{path.name} needs ffmpeg, which is not installed; install it, or use WAV or FLAC."
+        )
+    return ffmpeg
+
+
+def _reason(messages: str) -> str:
+    """The last line of what ffmpeg said that tells anything."""
+    if "not on whitelist" in messages:
+        return "no container of audio or video"
+    lines = [
+        re.sub(r"^\[[^]]* @ 0x[0-9a-f]+\] ", "", line).removeprefix(f"{_FFMPEG_INPUT}: ")
+        for line in messages.splitlines()
+        if line and not line.startswith(_FFMPEG_PADDING)
+    ]
+    return lines[-1].removesuffix(".") if lines else "no reason given"
+
+
+def _libsndfile_reason(message: str) -> str:
+    return message.removeprefix("Error : ").removesuffix(".")
+
+
+def _not_opened(path: Path, error: OSError | ValueError) -> AudioFileError:
+    reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+    return AudioFileError(f"{path.name} cannot be opened ({reason}); check the path.")
+
+
+def _no_samples(path: Path) -> AudioFileError:
+    return AudioFileError(f"{path.name} holds no audio samples; export it again.")
+
+
+def _damaged(path: Path, reason: str) -> AudioFileError:
+    return AudioFileError(
+        f"{path.name} is damaged or cut off ({reason}); export or download it again."
+    )
+
+
+def _not_written(path: Path, reason: str) -> AudioFileError:
+    return AudioFileError(
+        f"{path.name} cannot be written ({reason}); choose another path or format."
+    )
