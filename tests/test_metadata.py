@@ -2,8 +2,9 @@
 
 import hashlib
 
-import metadata
 import pytest
+
+import metadata
 
 
 @pytest.mark.parametrize(

@@ -6,18 +6,18 @@ that peaks above full scale survive. A time in seconds is rounded to the nearest
 of a file equals the same piece of the whole file, in every format.
 
 A file that was cut off yields what is left where its decoder calls that a success, as those of WAV,
-Ogg, MP3 and WebM do; FLAC and m4a are errors then. Damage inside a file is an error, but for Ogg
-and MP3, which are made to go on after it: players do, and an MP3's unknown tags are damage to
-ffmpeg. It warns in the log then.
+Ogg, MP3 and WebM do; FLAC and m4a are errors then. Damage inside a file is an error, but in Ogg and
+MP3, which are made to go on after it: players do, and ffmpeg takes some tags of an MP3 for damage.
+What ffmpeg had to say about a file that it read is logged as a warning.
 """
 
-import io
 import logging
 import math
 import os
 import re
 import shutil
 import stat
+import struct
 import subprocess
 import uuid
 from collections.abc import Iterator
@@ -331,15 +331,14 @@ def _decode(
     Returns:
         Samples (T, C), and the sample rate, Hz.
     """
-    import soundfile
-
-    ffmpeg = _ffmpeg(path)
-    command = [ffmpeg, "-v", "error", "-nostdin", "-format_whitelist", _DEMUXERS]
+    command = [_ffmpeg(path), "-v", "error", "-nostdin"]
     command += [] if skip_damage else ["-xerror"]
-    command += ["-i", _FFMPEG_INPUT, "-map", "0:a:0"]
-    # A second more than needed, for audio that does not start at time 0.
+    # Samples are counted (N): a video's sound may begin later than its picture, or have gaps.
+    command += ["-i", _FFMPEG_INPUT, "-map", "0:a:0", "-af", "asetpts=N/SR/TB"]
+    # A second more than is needed, so that no rounding matters.
     command += [] if end is None else ["-t", f"{end + 1:.6f}"]
-    command += ["-c:a", "pcm_f32le", "-f", "wav", "pipe:1"]
+    # AU names the offset of its samples and, in a pipe, no size; libsndfile ends a WAV at 4 GiB.
+    command += ["-c:a", "pcm_f32be", "-f", "au", "pipe:1"]
     with path.open("rb") as file:
         result = subprocess.run(  # noqa: S603 - no shell, and nothing of a user's in the command
             command, stdin=file, capture_output=True, check=False
@@ -354,12 +353,11 @@ def _decode(
         )
     if messages:
         logger.warning("%s was read, but its decoder reported: %s", path.name, _reason(messages))
-    samples, sample_rate = soundfile.read(
-        io.BytesIO(result.stdout), dtype="float32", always_2d=True
-    )
+    offset, _, _, sample_rate, channels = struct.unpack(">5I", result.stdout[4:24])
+    samples = np.frombuffer(result.stdout, ">f4", offset=offset).reshape(-1, channels)
     if not len(samples):
         raise _no_samples(path)
-    return samples, sample_rate
+    return samples.astype(np.float32), sample_rate
 
 
 def _piece(

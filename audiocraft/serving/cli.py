@@ -48,11 +48,11 @@ def main(arguments: Sequence[str] | None = None, *, project: Path = PROJECT) -> 
     for number in (signal.SIGTERM, signal.SIGHUP):  # every way out stops the server
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for
             signal.signal(number, signal.default_int_handler)
-    command, *flags = sys.argv[1:] if arguments is None else arguments
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        if command != "predict":
-            raise InputError(f"{command} is not a command; there is predict.")
-        _predict(flags, project)
+        if not given or given[0] != "predict":
+            raise InputError("The first argument must be the command: predict.")
+        _predict(given[1:], project)
     except AudiocraftError as error:
         _say(str(error))
         return 1

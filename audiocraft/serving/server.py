@@ -170,7 +170,9 @@ class CogServer:
         modules = [str(self._project), environment.get("PYTHONPATH", "")]
         filters = [_LOG_FILTER, environment.get("RUST_LOG", "")]
         weights = environment.get("COG_WEIGHTS", "")
-        if "://" not in weights and Path(weights).is_file():  # of the user's folder; the server has another
+        if (
+            "://" not in weights and Path(weights).is_file()
+        ):  # of the user's folder; the server has another
             environment["COG_WEIGHTS"] = str(Path(weights).absolute())
         return environment | {
             "PATH": os.pathsep.join(paths),

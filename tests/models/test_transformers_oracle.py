@@ -129,7 +129,7 @@ def randomize(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def their_codec(**settings: Any) -> EncodecModel:
+def their_codec(**settings: Any) -> Any:
     """A codec of transformers like `facebook/encodec_32khz`, but small."""
     config: dict[str, Any] = {
         "sampling_rate": SAMPLE_RATE,
@@ -143,7 +143,8 @@ def their_codec(**settings: Any) -> EncodecModel:
         "pad_mode": "constant",
     }
     torch.manual_seed(SEED)
-    codec = EncodecModel(EncodecConfig(**config | settings)).eval()
+    codec: Any = EncodecModel(EncodecConfig(**config | settings))
+    codec.eval()
     for name, weight in codec.named_parameters():
         if name.endswith("original0"):  # lengths unlike those of their directions, and no silence
             weight.data *= 1 + torch.rand(weight.shape)
@@ -179,7 +180,7 @@ def our_codec(codec: EncodecModel, folder: Path, older_names: bool = False) -> C
     return load_compression_model(folder)
 
 
-def their_model(kind: type[nn.Module], config: Callable[..., Any], shape: Shape) -> Any:
+def their_model(kind: Callable[[Any], Any], config: Callable[..., Any], shape: Shape) -> Any:
     """A random MusicGen of transformers with the text encoder of the golden tests."""
     text_encoder = T5EncoderModel.from_pretrained(TEXT_ENCODER)
     codec = their_codec()

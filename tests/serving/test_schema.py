@@ -8,11 +8,11 @@ import typing
 from pathlib import Path
 from typing import Any
 
-import predict
 import pytest
 import yaml
 from cog.input import FieldInfo
 
+import predict
 from audiocraft.serving.interface import Module, SchemaError, Signature
 from audiocraft.serving.schema import (
     COG_VERSION,

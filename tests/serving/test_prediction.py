@@ -1,0 +1,187 @@
+"""Requests on the bundled model, without the server."""
+
+import logging
+
+import pytest
+import soundfile
+import torch
+
+from audiocraft.data.audio import audio_read, audio_write
+from audiocraft.errors import AudioFileError, InputError, WeightsError
+from audiocraft.serving.prediction import PredictionRequest, PredictionService
+
+
+@pytest.fixture(scope="module")
+def service():
+    return PredictionService()
+
+
+@pytest.fixture(scope="module")
+def song(tmp_path_factory):
+    """Four tones of a second each, 44.1 kHz stereo, on the right quieter and backwards."""
+    time = torch.arange(4 * 44100) / 44100
+    pitches = torch.tensor([220.0, 246.9, 277.2, 329.6]).repeat_interleave(44100)
+    left = torch.sin(2 * torch.pi * pitches * time) / 2
+    right = left.flip(0) * 0.5
+    folder = tmp_path_factory.mktemp("song")
+    return audio_write(folder / "song", torch.stack([left, right]), 44100, normalize=False)
+
+
+def tiny(**inputs):
+    return PredictionRequest(model_version="tiny", **inputs)
+
+
+@pytest.mark.parametrize("output_format", ["wav", "mp3", "flac", "ogg"])
+def test_text(service, output_format):
+    request = tiny(prompt="a song", duration=2, seed=4, output_format=output_format)
+    result = service.predict(request)
+    assert result.path.suffix == f".{output_format}"
+    wav, sample_rate = audio_read(result.path)
+    assert sample_rate == 32000
+    assert wav.shape == (2, 64000)
+    assert wav.std() > 0.05
+    content = result.path.read_bytes()
+    again = service.predict(request)
+    assert again.path.read_bytes() == content
+    assert again.path.name != result.path.name
+    assert not result.path.exists()
+    other = tiny(prompt="a song", duration=2, seed=5, output_format=output_format)
+    assert service.predict(other).path.read_bytes() != content
+
+
+def test_metrics(service):
+    metrics = service.predict(tiny(prompt="a song", duration=1, seed=4)).metrics
+    assert metrics["seed"] == 4
+    assert metrics["seconds_generated"] == 1
+    assert metrics["model_version"] == "tiny"
+    steps = 50 + 3
+    assert metrics["real_time_factor"] / metrics["steps_per_second"] == pytest.approx(1 / steps)
+
+
+def test_a_random_seed_makes_its_take_again(service):
+    for seed in (None, -1):
+        result = service.predict(tiny(prompt="a song", duration=1, seed=seed))
+        content, used = result.path.read_bytes(), result.metrics["seed"]
+        assert 0 <= used < 2**31
+        again = service.predict(tiny(prompt="a song", duration=1, seed=used))
+        assert again.path.read_bytes() == content
+
+
+def test_zero_is_a_seed(service):
+    assert service.predict(tiny(prompt="a song", duration=1, seed=0)).metrics["seed"] == 0
+
+
+def test_a_melody_is_followed(service, song):
+    """What is heard depends on the part of the melody that is used."""
+
+    def content(**inputs):
+        return service.predict(tiny(duration=1, seed=1, **inputs)).path.read_bytes()
+
+    whole = content(input_audio=song, prompt="a song")
+    assert whole != content(prompt="a song")
+    assert whole != content(input_audio=song, prompt="a song", continuation_start=2)
+    trimmed = content(input_audio=song, prompt="a song", continuation_start=1, continuation_end=2)
+    assert trimmed != whole
+    assert whole == content(input_audio=song, prompt="a song", continuation_end=-1)
+    assert content(input_audio=song)
+
+
+def test_a_continuation_opens_with_the_recording(service, song):
+    request = tiny(
+        input_audio=song,
+        continuation=True,
+        continuation_start=1,
+        continuation_end=3,
+        duration=4,
+        seed=1,
+        normalization_strategy="clip",
+    )
+    wav, _ = audio_read(service.predict(request).path)
+    assert wav.shape == (2, 128000)
+    model = service._model
+    recording, _ = audio_read(song, 1, 2)
+    prompt = model._convert(recording[None], 44100)
+    codes, _ = model.compression_model.encode(prompt)
+    # The last frames of the decoded prompt hear what follows.
+    decoded = model.generate_audio(codes)[0, :, :60000].clamp(-1, 1)
+    torch.testing.assert_close(wav[:, :60000], decoded, rtol=0, atol=2e-3)
+
+
+def test_longer_than_the_context(service, song):
+    result = service.predict(tiny(prompt="a song", input_audio=song, duration=35, seed=1))
+    info = soundfile.info(result.path)
+    assert (info.frames, info.samplerate, info.channels) == (35 * 32000, 32000, 2)
+
+
+def test_progress_is_logged_with_the_time_left(service, caplog):
+    with caplog.at_level(logging.INFO, "audiocraft"):
+        service.predict(tiny(prompt="a song", duration=1, seed=7))
+    assert "Seed: 7" in caplog.messages
+    lines = [line for line in caplog.messages if "steps" in line]
+    assert len(lines) >= 10
+    assert lines[-1] == "100 %, 53 of 53 steps, 0 s left"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "There is nothing to make music from: give a prompt, an input_audio or both."),
+        ({"prompt": "x", "continuation": True}, "continuation is on, but there is no input_audio"),
+        ({"prompt": "x", "duration": 0}, "duration is 0, it must be from 1 to 600 seconds."),
+        ({"prompt": "x", "duration": 601}, "duration is 601, it must be from 1 to 600 seconds."),
+        ({"prompt": "x", "top_k": -1}, "top_k is -1"),
+        ({"prompt": "x", "top_p": 1.5}, "top_p is 1.5, it must be from 0 to 1."),
+        ({"prompt": "x", "temperature": -0.5}, "temperature is -0.5"),
+        ({"prompt": "x", "classifier_free_guidance": -1.0}, "classifier_free_guidance is -1"),
+        ({"prompt": "x", "replicate_weights": "w"}, "replicate_weights is not supported yet"),
+        (
+            {"prompt": "x", "multi_band_diffusion": True},
+            "multi_band_diffusion is not supported yet",
+        ),
+        ({"continuation_start": 2, "continuation_end": 2}, "continuation_start is 2 s"),
+        ({"continuation_start": 5}, "continuation_start is 5 s, but input_audio has only 4.0 s"),
+        ({"continuation_end": 5}, "continuation_end is 5 s, but input_audio has only 4.0 s"),
+        ({"continuation": True, "duration": 4}, "has 4.0 s and duration is 4 s, which counts it"),
+    ],
+)
+def test_bad_requests_are_refused(service, song, inputs, message):
+    if "prompt" not in inputs and inputs:
+        inputs = {"input_audio": song, **inputs}
+    with pytest.raises(InputError) as caught:
+        service.predict(tiny(**inputs))
+    assert message in str(caught.value)
+
+
+def test_a_prompt_longer_than_the_context_is_refused(service, tmp_path):
+    long = audio_write(tmp_path / "long", torch.rand(1, 31 * 8000), 8000)
+    with pytest.raises(InputError, match=r"31\.0 s, tiny hears at most 30 s"):
+        service.predict(tiny(input_audio=long, continuation=True, duration=60))
+
+
+def test_a_version_without_melody_is_refused_before_it_is_loaded(service, song):
+    request = PredictionRequest(prompt="x", input_audio=song, model_version="large")
+    with pytest.raises(InputError, match="model_version large cannot follow the melody"):
+        service.predict(request)
+
+
+def test_silence(service, tmp_path, caplog):
+    silence = audio_write(tmp_path / "silence", torch.zeros(1, 64000), 32000)
+    with pytest.raises(AudioFileError, match="there is nothing to continue"):
+        service.predict(tiny(input_audio=silence, continuation=True, duration=4))
+    with caplog.at_level(logging.WARNING, "audiocraft"):
+        service.predict(tiny(input_audio=silence, duration=1))
+    assert "it gives no melody" in caplog.text
+
+
+def test_files_of_the_server_are_refused(service, tmp_path, monkeypatch):
+    monkeypatch.delenv("ALLOW_LOCAL_FILES", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link.wav").symlink_to("/etc/passwd")
+    for path in ("/etc/passwd", "link.wav"):
+        with pytest.raises(InputError, match="is a path on the server, which is not allowed"):
+            service.predict(tiny(input_audio=type(tmp_path)(path)))
+
+
+def test_weights_of_a_fine_tune_are_not_ignored():
+    with pytest.raises(WeightsError, match="COG_WEIGHTS is set"):
+        PredictionService("trained_model.safetensors")

@@ -1,0 +1,390 @@
+"""Cog's real server with a small predictor: what arrives, what comes back, and that it ends."""
+
+import base64
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from audiocraft.serving import cli
+from audiocraft.serving.schema import write_schema
+from audiocraft.serving.server import CogServer, ServerError, plain_message
+
+ROOT = Path(__file__).parents[2]
+PREDICTOR = """
+import json, logging, os, signal, subprocess, sys, tempfile, time
+from audiocraft.errors import InputError, WeightsError
+from cog import BaseRunner, Input, Path
+
+class Predictor(BaseRunner):
+    def setup(self, weights: Path | str | None = None) -> None:
+        self.weights = weights
+        print("set up in", os.getcwd())
+        exec(os.environ.get("TEST_SETUP", ""))
+
+    def run(
+        self,
+        text: str | None = Input(default=None, description="d"),
+        whole: int = Input(default=8, ge=0, le=9, description="d"),
+        seed: int | None = Input(default=None, description="d"),
+        real: float = Input(default=3, description="d"),
+        flag: bool = Input(default=False, description="d"),
+        kind: str = Input(default="wav", choices=["wav", "mp3"], description="d"),
+        number: int = Input(default=1, choices=[1, 2], description="d"),
+        file: Path | None = Input(default=None, description="d"),
+        words: list[str] | None = Input(default=None, description="d"),
+        files: list[Path] | None = Input(default=None, description="d"),
+        action: str = Input(default="", description="d"),
+    ) -> Path:
+        values = {name: [type(value).__name__, str(value)] for name, value in locals().items()}
+        values["weights"] = [type(self.weights).__name__, str(self.weights)]
+        print("processes", os.getpid(), os.getppid(), flush=True)
+        exec(action)
+        self.record_metric("answer", 42)
+        path = Path(tempfile.mkdtemp(dir=os.environ["TEST_FOLDER"])) / "result.json"
+        path.write_text(json.dumps(values))
+        return path
+"""
+DEFAULTS = {
+    "text": ["NoneType", "None"],
+    "whole": ["int", "8"],
+    "seed": ["NoneType", "None"],
+    "real": ["int", "3"],
+    "flag": ["bool", "False"],
+    "kind": ["str", "wav"],
+    "number": ["int", "1"],
+    "file": ["NoneType", "None"],
+    "words": ["NoneType", "None"],
+    "files": ["NoneType", "None"],
+    "weights": ["NoneType", "None"],
+}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("a project")
+    (folder / "predict.py").write_text(PREDICTOR)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))  # the predictor imports `audiocraft`
+        patch.setenv("TEST_FOLDER", str(tmp_path_factory.mktemp("results")))
+        patch.delenv("COG_WEIGHTS", raising=False)
+        yield folder
+
+
+class Served:
+    """A running server and what its model has printed."""
+
+    def __init__(self, server: CogServer, lines: list[str]) -> None:
+        self.server = server
+        self.lines = lines
+
+    def values(self, inputs: dict[str, Any]) -> dict[str, list[str]]:
+        """Type and text of every input, as the predictor saw it."""
+        answer = self.server.predict(inputs)
+        assert answer["status"] == "succeeded", answer
+        values: dict[str, list[str]] = json.loads(
+            base64.b64decode(answer["output"].partition(";base64,")[2])
+        )
+        return {name: value for name, value in values.items() if name not in ("self", "action")}
+
+    def request(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.server._port, timeout=20)
+        headers = {"Content-Type": "application/json"}
+        connection.request(method, path, json.dumps(body), headers)
+        response = connection.getresponse()
+        answer = json.loads(response.read())
+        connection.close()
+        return response.status, answer
+
+
+@pytest.fixture(scope="module")
+def served(project: Path) -> Iterator[Served]:
+    write_schema(project)
+    lines: list[str] = []
+    with CogServer(project, log=lines.append, setup_timeout=30) as server:
+        yield Served(server, lines)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def assert_gone(pids: list[int], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < deadline, f"{pids} still run after {seconds} s"
+        time.sleep(0.02)
+
+
+def processes(text: str) -> list[int]:
+    """The worker and the server, as the predictor printed them."""
+    found = re.search(r"processes (\d+) (\d+)", text)
+    assert found is not None, text
+    return [int(found[1]), int(found[2])]
+
+
+# The schema in use
+
+
+def test_the_server_shows_our_schema(served: Served, project: Path) -> None:
+    assert served.request("GET", "/openapi.json") == (200, write_schema(project))
+
+
+def test_inputs_arrive(served: Served, tmp_path: Path) -> None:
+    assert served.values({}) == DEFAULTS
+    song = str(tmp_path / "söng.wav")
+    inputs = {
+        "text": "Café, 日本\n",
+        "whole": 3,
+        "seed": 9007199254740993,
+        "real": 2.5,
+        "flag": True,
+        "kind": "mp3",
+        "number": 2,
+        "file": song,
+        "words": ["a", "b"],
+        "files": [song],
+    }
+    assert served.values(inputs) == DEFAULTS | {
+        "text": ["str", "Café, 日本\n"],
+        "whole": ["int", "3"],
+        "seed": ["int", "9007199254740993"],
+        "real": ["float", "2.5"],
+        "flag": ["bool", "True"],
+        "kind": ["str", "mp3"],
+        "number": ["int", "2"],
+        "file": ["str", song],  # a plain path is no cog.Path
+        "words": ["list", "['a', 'b']"],
+        "files": ["list", str([song])],
+    }
+
+
+def test_numbers_keep_their_json_type(served: Served) -> None:
+    """Why `predict.py` converts: 8.0 passes for an integer and arrives as a float."""
+    assert served.values({"whole": 8.0, "real": 1})["whole"] == ["float", "8.0"]
+    assert served.values({"whole": 8.0, "real": 1})["real"] == ["int", "1"]
+    assert served.values({"seed": -(2**63)})["seed"] == ["int", str(-(2**63))]
+
+
+def test_uploaded_files_become_paths(served: Served) -> None:
+    kind, path = served.values({"file": "data:audio/x-wav;base64,UklGRg=="})["file"]
+    assert kind == "Path"
+    assert path.endswith(".wav")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"whole": -1}, "-1 is less than the minimum of 0"),
+        ({"whole": 10}, "10 is greater than the maximum of 9"),
+        ({"whole": "8"}, '"8" is not of type "integer"'),
+        ({"whole": 8.5}, '8.5 is not of type "integer"'),
+        ({"real": "3"}, '"3" is not of type "number"'),
+        ({"flag": 1}, '1 is not of type "boolean"'),
+        ({"text": None}, 'null is not of type "string"'),
+        ({"kind": "aac"}, '"aac" is not one of ["wav","mp3"]'),
+        ({"number": 3}, "3 is not one of [1,2]"),
+        ({"words": "a"}, '"a" is not of type "array"'),
+    ],
+)
+def test_the_server_validates(served: Served, inputs: dict[str, Any], message: str) -> None:
+    status, answer = served.request("POST", "/predictions", {"input": inputs})
+    assert status == 422
+    (problem,) = answer["detail"]
+    assert problem["loc"][:2] == ["body", "input"]
+    assert problem["msg"] == message
+    (name,) = inputs
+    with pytest.raises(ServerError, match=f"^{name}.*: {re.escape(message)}"):
+        served.server.predict(inputs)
+
+
+def test_unknown_inputs_are_dropped(served: Served) -> None:
+    assert served.values({"tempo": 3}) == DEFAULTS
+
+
+def test_metrics_and_logs(served: Served) -> None:
+    del served.lines[:]
+    action = (
+        "print('to stdout'); print('to stderr', file=sys.stderr)\n"
+        "logging.warning('by logging')\n"
+        "sys.stderr.write('first half, '); time.sleep(0.3); print('last half', file=sys.stderr)\n"
+        "subprocess.run(['echo', 'by a child'])"
+    )
+    answer = served.server.predict({"action": action})
+    assert answer["metrics"]["answer"] == 42
+    time.sleep(0.3)  # the lines come by another way than the answer
+    assert served.lines[0].startswith("processes ")
+    assert set(served.lines[1:]) == {
+        "to stdout",
+        "to stderr",
+        "WARNING:root:by logging",
+        "first half, last half",
+        "by a child",
+    }
+
+
+def test_logs_come_while_the_model_works(served: Served) -> None:
+    del served.lines[:]
+    action = "print('now'); open(text, 'w').close(); time.sleep(0.6); print('later')"
+    started = Path(os.environ["TEST_FOLDER"], "started")
+    body = json.dumps({"input": {"text": str(started), "action": action}})
+    connection = http.client.HTTPConnection("127.0.0.1", served.server._port, timeout=20)
+    connection.request("POST", "/predictions", body, {"Content-Type": "application/json"})
+    while not started.exists():
+        time.sleep(0.02)
+    time.sleep(0.2)
+    assert served.lines[-1] == "now"
+    connection.getresponse().read()
+    connection.close()
+
+
+# The command on a real server
+
+
+def run_cli(project: Path, *arguments: str) -> int:
+    return cli.main(["predict", *arguments], project=project)
+
+
+def test_from_the_command_line(
+    project: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my song.wav").touch()
+    (tmp_path / "tuned.safetensors").touch()
+    monkeypatch.setenv("COG_WEIGHTS", "tuned.safetensors")
+    inputs = ["text=x", "seed=9007199254740993", "file=@my song.wav", "words=a", "words=b"]
+    status = run_cli(project, *(part for pair in inputs for part in ("-i", pair)))
+    captured = capsys.readouterr()
+    assert status == 0, captured.err
+    assert captured.out == ""
+    assert f"set up in {project}" in captured.err
+    assert captured.err.endswith("Written output to: output.json\n")
+    values = json.loads((tmp_path / "output.json").read_text())
+    assert values["seed"] == ["int", "9007199254740993"]
+    assert values["file"] == ["str", str(tmp_path / "my song.wav")]
+    assert values["words"] == ["list", "['a', 'b']"]
+    assert values["weights"] == ["str", str(tmp_path / "tuned.safetensors")]
+    assert_gone(processes(captured.err), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("action", "sentence"),
+    [
+        ("raise InputError('duration is too long.')", "duration is too long."),
+        ("raise ValueError('boom')", "ValueError: boom"),
+        ("sys.exit(3)", "SystemExit: 3"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "The model's process was killed while it worked"),
+        ("os.kill(os.getppid(), signal.SIGKILL); time.sleep(60)", "The server ended before it"),
+    ],
+    ids=["own error", "other error", "exit", "worker killed", "server killed"],
+)
+def test_failures(
+    action: str,
+    sentence: str,
+    project: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_cli(project, "-i", f"action=print('before'); time.sleep(0.2); {action}") == 1
+    error = capsys.readouterr().err
+    assert "\nbefore\n" in error
+    assert error.splitlines()[-1].startswith(sentence)
+    assert list(tmp_path.iterdir()) == []
+    assert_gone(processes(error), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("setup", "sentence"),
+    [
+        (
+            "raise WeightsError('These are no weights.')",
+            "Model setup failed: These are no weights.",
+        ),
+        ("import nothing_of_the_kind", "Model setup failed: ModuleNotFoundError: No module named"),
+        ("os._exit(3)", "Model setup failed: worker crashed"),
+        ("os.kill(os.getppid(), signal.SIGKILL)", "The server ended before the model was set up."),
+        ("time.sleep(60)", "Model setup took longer than 1.5 seconds"),
+    ],
+    ids=["own error", "other error", "worker gone", "server gone", "too slow"],
+)
+def test_setup_failures(
+    setup: str,
+    sentence: str,
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    who = "print('processes', os.getpid(), os.getppid(), flush=True); time.sleep(0.1); "
+    monkeypatch.setenv("TEST_SETUP", who + setup)
+    assert run_cli(project, "--setup-timeout", "1.5") == 1
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith(sentence)
+    if "processes" in error:  # a worker that exits at once may take its lines along
+        assert_gone(processes(error), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGHUP, 130), (signal.SIGKILL, -9)],
+)
+def test_no_way_out_leaves_processes(
+    number: signal.Signals, status: int, project: Path, tmp_path: Path
+) -> None:
+    code = (
+        "import signal, sys; from pathlib import Path; from audiocraft.serving import cli; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "sys.exit(cli.main(sys.argv[2:], project=Path(sys.argv[1])))"
+    )
+    # The model is busy, has a child, and cannot be interrupted.
+    action = "subprocess.Popen(['sleep', '60']); print('ready', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", code, str(project), "predict", "-i", f"action={action}"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        text = ""
+        while "ready" not in text:
+            text += process.stderr.readline()
+        worker, server = processes(text)
+        group = [pid for pid in all_processes() if os.getpgid(pid) == server]
+        assert len(group) == 3
+        process.send_signal(number)
+        assert process.wait(10) == status
+    assert_gone([worker, *group])
+    assert list(tmp_path.iterdir()) == []
+
+
+def all_processes() -> list[int]:
+    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Prediction failed: Prediction failed: InputError: Give a prompt.", "Give a prompt."),
+        ("Prediction failed: Training failed: ValueError: boom", "ValueError: boom"),
+        (
+            "worker setup failed (slot 3c382f69): Setup failed: setup failed: AssetError: No.\n",
+            "No.",
+        ),
+        ("Something else failed: here", "Something else failed: here"),
+    ],
+)
+def test_messages_without_wrapping(text: str, message: str) -> None:
+    assert plain_message(text) == message

@@ -1,0 +1,80 @@
+"""What may import what."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "audiocraft"
+# What each room may import of the others (README, architecture).
+ROOMS = {
+    "errors": set(),
+    "assets": {"errors"},
+    "data": {"errors", "models", "modules", "assets", "data"},
+    "quantization": {"errors"},
+    "modules": {"errors", "assets", "data", "modules"},
+    "generation": {"errors", "modules", "generation"},
+    "models": {
+        "errors",
+        "modules",
+        "quantization",
+        "generation",
+        "assets",
+        "data",
+        "models",
+        "__init__",
+    },
+    "utils": {"errors", "models", "__init__"},
+    "serving": {"errors", "models", "data", "serving", "__init__"},
+    "__init__": set(),
+}
+HEAVY = [
+    "cog",
+    "demucs",
+    "essentia",
+    "librosa",
+    "soundfile",
+    "scipy",
+    "julius",
+    "pydub",
+    "torchaudio",
+]
+
+
+def imported_rooms(path):
+    """Rooms of this package that a file imports, and modules of the project's own top level."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module]
+        for name in names:
+            top, *rest = name.split(".")
+            if top == "audiocraft":
+                yield rest[0] if rest else "__init__"
+            elif top in {"predict", "train", "metadata"}:
+                yield top
+
+
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE))
+)
+def test_arrows_point_one_way(path):
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert set(imported_rooms(path)) <= ROOMS[room] | {room}
+
+
+def test_models_import_with_the_basic_libraries_alone():
+    blocked = "; ".join(f"sys.modules[{name!r}] = None" for name in HEAVY)
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for room in ("models", "modules", "quantization", "generation")
+        for path in sorted((PACKAGE / room).glob("[!_]*.py"))
+    ]
+    assert len(modules) > 15
+    code = f"import sys; {blocked}; import {', '.join(modules)}"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
