@@ -331,7 +331,7 @@ def _decode(
     Returns:
         Samples (T, C), and the sample rate, Hz.
     """
-    command = [_ffmpeg(path), "-v", "error", "-nostdin"]
+    command = [_ffmpeg(path), "-v", "error", "-nostdin", "-format_whitelist", _DEMUXERS]
     command += [] if skip_damage else ["-xerror"]
     # Samples are counted (N): a video's sound may begin later than its picture, or have gaps.
     command += ["-i", _FFMPEG_INPUT, "-map", "0:a:0", "-af", "asetpts=N/SR/TB"]

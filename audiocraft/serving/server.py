@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -26,8 +27,8 @@ _POLL_SECONDS: Final = 0.05
 _STOP_SECONDS: Final = 2.0
 # What the model prints reaches the server's stderr only at level info, and only under these names.
 _LOG_FILTER: Final = "warn,coglet::setup=info,coglet::prediction=info,coglet::user=info"
-# Waits for the end of its input, which comes with the end of this process, and kills the group.
-_WATCHDOG: Final = 'read -r _; kill -s KILL -- "-$1"'
+# Waits for the end of its input, which comes with the end of this process, and cleans up for it.
+_WATCHDOG: Final = 'read -r _; kill -s KILL -- "-$1"; rm -rf -- "$2"'
 _OWN_ERRORS: Final = "|".join(
     name
     for name, value in vars(errors).items()
@@ -75,15 +76,19 @@ class CogServer:
             self._port: int = probe.getsockname()[1]
         self._process: subprocess.Popen[str] | None = None
         self._watchdog: subprocess.Popen[bytes] | None = None
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._complaints: deque[str] = deque(maxlen=20)
 
     def __enter__(self) -> Self:
         try:
+            self._scratch = tempfile.TemporaryDirectory(
+                prefix="musicgen-server-", ignore_cleanup_errors=True
+            )
             self._process = subprocess.Popen(  # noqa: S603 - our own interpreter
                 [sys.executable, "-m", "cog.server.http", "--host", _HOST],
                 cwd=self._project,
-                env=self._environment(),
+                env=self._environment(self._scratch.name),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -93,8 +98,8 @@ class CogServer:
                 # Ctrl-C in a terminal reaches only us.
                 start_new_session=True,
             )
-            self._watch(self._process)
             self._reader.start()
+            self._watch(self._process, self._scratch.name)
             self._wait_until_ready(self._process)
         except BaseException:
             self.stop()
@@ -154,30 +159,32 @@ class CogServer:
                 self._watchdog.communicate()
             # The pipe closes with its last writer; what was printed last is worth a moment.
             self._reader.join(_STOP_SECONDS)
+            if self._scratch is not None:
+                self._scratch.cleanup()
 
-    def _watch(self, process: subprocess.Popen[str]) -> None:
+    def _watch(self, process: subprocess.Popen[str], scratch: str) -> None:
         """Sees to it that the group ends even when this process is killed outright."""
         self._watchdog = subprocess.Popen(  # noqa: S603 - a constant script
-            ["/bin/sh", "-c", _WATCHDOG, "watchdog", str(process.pid)],
+            ["/bin/sh", "-c", _WATCHDOG, "watchdog", str(process.pid), scratch],
             stdin=subprocess.PIPE,
             start_new_session=True,
         )
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, scratch: str) -> dict[str, str]:
         environment = dict(os.environ)
         # The worker is started as plain `python`: whatever comes first in PATH.
         paths = [str(Path(sys.executable).parent), environment.get("PATH", os.defpath)]
         modules = [str(self._project), environment.get("PYTHONPATH", "")]
         filters = [_LOG_FILTER, environment.get("RUST_LOG", "")]
         weights = environment.get("COG_WEIGHTS", "")
-        if (
-            "://" not in weights and Path(weights).is_file()
-        ):  # of the user's folder; the server has another
+        # A relative path is of the user's folder; the server has another.
+        if "://" not in weights and Path(weights).is_file():
             environment["COG_WEIGHTS"] = str(Path(weights).absolute())
         return environment | {
             "PATH": os.pathsep.join(paths),
             "PYTHONPATH": os.pathsep.join(filter(None, modules)),
             "PORT": str(self._port),
+            "TMPDIR": scratch,  # the server keeps its last result until it is asked again
             "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
             "ALLOW_LOCAL_FILES": "1",
             "LOG_FORMAT": "json",

@@ -8,8 +8,9 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,13 @@ class Predictor(BaseRunner):
         action: str = Input(default="", description="d"),
     ) -> Path:
         values = {name: [type(value).__name__, str(value)] for name, value in locals().items()}
+        values["folder"] = [tempfile.gettempdir(), os.environ["TMPDIR"]]
         values["weights"] = [type(self.weights).__name__, str(self.weights)]
+        print("folder", tempfile.gettempdir())
         print("processes", os.getpid(), os.getppid(), flush=True)
         exec(action)
         self.record_metric("answer", 42)
-        path = Path(tempfile.mkdtemp(dir=os.environ["TEST_FOLDER"])) / "result.json"
+        path = Path(tempfile.mkdtemp()) / "result.json"
         path.write_text(json.dumps(values))
         return path
 """
@@ -75,7 +78,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "predict.py").write_text(PREDICTOR)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))  # the predictor imports `audiocraft`
-        patch.setenv("TEST_FOLDER", str(tmp_path_factory.mktemp("results")))
         patch.delenv("COG_WEIGHTS", raising=False)
         yield folder
 
@@ -94,7 +96,7 @@ class Served:
         values: dict[str, list[str]] = json.loads(
             base64.b64decode(answer["output"].partition(";base64,")[2])
         )
-        return {name: value for name, value in values.items() if name not in ("self", "action")}
+        return {name: value for name, value in values.items() if name in DEFAULTS}
 
     def request(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
         connection = http.client.HTTPConnection("127.0.0.1", self.server._port, timeout=20)
@@ -114,6 +116,13 @@ def served(project: Path) -> Iterator[Served]:
         yield Served(server, lines)
 
 
+def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def is_alive(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -123,10 +132,7 @@ def is_alive(pid: int) -> bool:
 
 
 def assert_gone(pids: list[int], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while any(map(is_alive, pids)):
-        assert time.monotonic() < deadline, f"{pids} still run after {seconds} s"
-        time.sleep(0.02)
+    wait_until(lambda: not any(map(is_alive, pids)), seconds)
 
 
 def processes(text: str) -> list[int]:
@@ -225,9 +231,8 @@ def test_metrics_and_logs(served: Served) -> None:
     )
     answer = served.server.predict({"action": action})
     assert answer["metrics"]["answer"] == 42
-    time.sleep(0.3)  # the lines come by another way than the answer
-    assert served.lines[0].startswith("processes ")
-    assert set(served.lines[1:]) == {
+    wait_until(lambda: len(served.lines) >= 7)  # they come by another way than the answer
+    assert set(served.lines[2:]) == {
         "to stdout",
         "to stderr",
         "WARNING:root:by logging",
@@ -236,19 +241,19 @@ def test_metrics_and_logs(served: Served) -> None:
     }
 
 
-def test_logs_come_while_the_model_works(served: Served) -> None:
+def test_logs_come_while_the_model_works(served: Served, tmp_path: Path) -> None:
     del served.lines[:]
-    action = "print('now'); open(text, 'w').close(); time.sleep(0.6); print('later')"
-    started = Path(os.environ["TEST_FOLDER"], "started")
-    body = json.dumps({"input": {"text": str(started), "action": action}})
+    go_on = tmp_path / "go on"
+    action = "print('now')\nwhile not os.path.exists(text): time.sleep(0.02)\nprint('later')"
+    body = json.dumps({"input": {"text": str(go_on), "action": action}})
     connection = http.client.HTTPConnection("127.0.0.1", served.server._port, timeout=20)
     connection.request("POST", "/predictions", body, {"Content-Type": "application/json"})
-    while not started.exists():
-        time.sleep(0.02)
-    time.sleep(0.2)
-    assert served.lines[-1] == "now"
+    wait_until(lambda: "now" in served.lines)
+    assert "later" not in served.lines
+    go_on.touch()
     connection.getresponse().read()
     connection.close()
+    wait_until(lambda: "later" in served.lines)
 
 
 # The command on a real server
@@ -280,7 +285,10 @@ def test_from_the_command_line(
     assert values["file"] == ["str", str(tmp_path / "my song.wav")]
     assert values["words"] == ["list", "['a', 'b']"]
     assert values["weights"] == ["str", str(tmp_path / "tuned.safetensors")]
-    assert_gone(processes(captured.err), 0.0)
+    assert not any(map(is_alive, processes(captured.err)))
+    (folder,) = set(values["folder"])
+    assert folder != tempfile.gettempdir()
+    assert not Path(folder).exists()
 
 
 @pytest.mark.parametrize(
@@ -303,7 +311,7 @@ def test_failures(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run_cli(project, "-i", f"action=print('before'); time.sleep(0.2); {action}") == 1
+    assert run_cli(project, "-i", f"action=print('before'); time.sleep(0.3); {action}") == 1
     error = capsys.readouterr().err
     assert "\nbefore\n" in error
     assert error.splitlines()[-1].startswith(sentence)
@@ -334,7 +342,8 @@ def test_setup_failures(
 ) -> None:
     who = "print('processes', os.getpid(), os.getppid(), flush=True); time.sleep(0.1); "
     monkeypatch.setenv("TEST_SETUP", who + setup)
-    assert run_cli(project, "--setup-timeout", "1.5") == 1
+    seconds = "1.5" if "sleep(60)" in setup else "30"
+    assert run_cli(project, "--setup-timeout", seconds) == 1
     error = capsys.readouterr().err
     assert error.splitlines()[-1].startswith(sentence)
     if "processes" in error:  # a worker that exits at once may take its lines along
@@ -367,6 +376,8 @@ def test_no_way_out_leaves_processes(
         process.send_signal(number)
         assert process.wait(10) == status
     assert_gone([worker, *group])
+    folder = Path(text.partition("folder ")[2].splitlines()[0])
+    wait_until(lambda: not folder.exists())
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,55 @@
+"""This project's own predictor, by the command line, on the real Cog server."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import soundfile
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def predict(cwd, *arguments):
+    command = [sys.executable, "-P", "-m", "audiocraft.serving.cli", "predict", *arguments]
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        text=True,
+        capture_output=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_the_commands_of_the_readme(tmp_path):
+    """Text to music, and that music as the melody of the next."""
+    inputs = ["-i", "model_version=tiny", "-i", "prompt=90 bpm piano in C minor", "-i", "seed=5"]
+    done = predict(tmp_path, *inputs, "-i", "duration=2")
+    assert done.returncode == 0, done.stderr
+    assert "Seed: 5" in done.stderr
+    info = soundfile.info(tmp_path / "output.wav")
+    assert (info.frames, info.samplerate, info.channels) == (64000, 32000, 2)
+    done = predict(
+        tmp_path,
+        *inputs,
+        "-i",
+        "input_audio=@output.wav",
+        "-i",
+        "duration=1",
+        "-o",
+        "out.flac",
+        "-i",
+        "output_format=flac",
+    )
+    assert done.returncode == 0, done.stderr
+    assert soundfile.info(tmp_path / "out.flac").frames == 32000
+
+
+def test_a_bad_request_is_one_sentence(tmp_path):
+    done = predict(tmp_path, "-i", "model_version=tiny")
+    assert done.returncode == 1
+    expected = "There is nothing to make music from: give a prompt, an input_audio or both."
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
