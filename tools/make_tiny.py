@@ -9,6 +9,7 @@ own in `t5/`; chroma is taken from the whole mix, since a stem separator can't b
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -32,7 +33,7 @@ from metadata import genre_labels, instrument_classes, mood_theme_classes
 SEED = 2036
 SIZE_LIMIT = 8 * 2**20
 
-CODEC = {
+CODEC: dict[str, Any] = {
     "compression_model": "encodec",
     "sample_rate": 32000,
     "channels": 1,
@@ -84,7 +85,7 @@ CODEC = {
     },
 }
 
-LM = {
+LM: dict[str, Any] = {
     "sample_rate": 32000,
     "channels": 2,
     "compression_model_checkpoint": None,
@@ -196,14 +197,15 @@ def make_text_encoder(folder: Path) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
     )
-    fast = PreTrainedTokenizerFast(
+    fast: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
     fast.save_pretrained(folder)
     config = T5Config(
         vocab_size=len(fast), d_model=64, d_kv=32, d_ff=128, num_layers=2, num_heads=2
     )
-    T5EncoderModel(config).eval().save_pretrained(folder)
+    encoder: Any = T5EncoderModel(config)
+    encoder.eval().save_pretrained(folder)
 
 
 @torch.no_grad()
@@ -225,13 +227,14 @@ def calibrate(codec: EncodecModel) -> None:
         residual = residual - codebook.decode(index)[None]
     codes = torch.randint(codec.cardinality, (1, codec.num_codebooks, 500))
     audio = codec.decode(codes)
-    last = codec.decoder.model[-1].conv["conv"]
+    last: Any = codec.decoder.model[-1]
+    last = last.conv["conv"]
     gain = 0.1 / audio.std()
     last.weight_g.mul_(gain)
     last.bias.copy_((last.bias - audio.mean()) * gain)
 
 
-def save(model: torch.nn.Module, cfg: dict[str, object], path: Path, dtype: torch.dtype) -> None:
+def save(model: torch.nn.Module, cfg: dict[str, Any], path: Path, dtype: torch.dtype) -> None:
     """An export in safetensors: official keys, `xp.cfg` in the metadata."""
     state = {name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()}
     metadata = {"xp.cfg": OmegaConf.to_yaml(cfg), "version": __version__, "exported": "true"}
@@ -240,9 +243,10 @@ def save(model: torch.nn.Module, cfg: dict[str, object], path: Path, dtype: torc
 
 def main(folder: Path) -> None:
     """Write the release folder."""
-    torch.manual_seed(SEED)
     folder.mkdir(parents=True, exist_ok=True)
     make_text_encoder(folder / "t5")
+    # Training a tokenizer is not repeatable to the letter; the rest does not depend on it.
+    torch.manual_seed(SEED)
     codec = get_compression_model(OmegaConf.create(CODEC))
     assert isinstance(codec, EncodecModel)
     calibrate(codec)

@@ -47,4 +47,5 @@ def fetch(repo_id: str, filename: str, cache_dir: str | Path | None = None) -> P
 
 def fetch_folder(repo_id: str, filenames: tuple[str, ...]) -> Path:
     """Folder that holds several files of one hub repository; see `fetch`."""
-    return [fetch(repo_id, filename).parent for filename in filenames][0]
+    paths = [fetch(repo_id, filename) for filename in filenames]
+    return paths[0].parent

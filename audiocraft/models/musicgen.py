@@ -143,8 +143,8 @@ class MusicGen:
             extend_stride = min(18.0, 0.6 * self.max_duration)
         if not 0 < extend_stride < self.max_duration:
             raise InputError(
-                f"extend_stride is {extend_stride:g} s, it must be above 0 and below the context of "
-                f"{self.max_duration:g} s."
+                f"extend_stride is {extend_stride:g} s, it must be above 0 and below the context "
+                f"of {self.max_duration:g} s."
             )
         self.extend_stride = extend_stride
         self.duration = duration

@@ -66,7 +66,7 @@ def test_stems_are_those_of_demucs(htdemucs):
     torch.testing.assert_close(melody, expected[:, 3] + expected[:, 2])
 
 
-def test_a_class_that_is_not_demucs_is_not_called(htdemucs, tmp_path):
+def test_a_class_that_is_not_demucs_is_not_called(htdemucs):
     _, folder, save = htdemucs
     save(klass="os.mkdir")
     with pytest.raises(WeightsError, match=r"12345678\.safetensors names the class 'os\.mkdir'"):
@@ -92,7 +92,8 @@ def test_the_melody_conditioner_separates(htdemucs, release, tmp_path, monkeypat
     assert "demucs" not in " ".join(melody_lm.state_dict())
 
 
-def test_the_same_melody_gives_the_same_music(htdemucs, release, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("htdemucs")
+def test_the_same_melody_gives_the_same_music(release, tmp_path, monkeypatch):
     monkeypatch.setenv("AUDIOCRAFT_CACHE_DIR", str(tmp_path))
     model = MusicGen.get_pretrained(str(release("stereo-melody")), device="cpu")
     model.set_generation_params(duration=0.5, seed=1)
