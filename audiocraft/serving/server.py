@@ -127,10 +127,16 @@ class CogServer:
             ServerError: the server refused the request, or is gone.
         """
         body = json.dumps({"input": inputs, "context": {}})
-        try:
-            status, answer = self._request("POST", "/predictions", body)
-        except (OSError, http.client.HTTPException) as error:
-            raise self._ended("it had answered") from error
+        deadline = time.monotonic() + _STOP_SECONDS
+        while True:
+            try:
+                status, answer = self._request("POST", "/predictions", body)
+            except (OSError, http.client.HTTPException) as error:
+                raise self._ended("it had answered") from error
+            # Nobody else asks this server: it frees its slot a moment after its last answer.
+            if status != http.HTTPStatus.CONFLICT or time.monotonic() > deadline:
+                break
+            time.sleep(_POLL_SECONDS)
         if status == http.HTTPStatus.UNPROCESSABLE_ENTITY:
             details = json.loads(answer)["detail"]
             raise ServerError(
