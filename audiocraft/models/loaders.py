@@ -171,7 +171,7 @@ def assign_state(
         model: built under `torch.device("meta")`.
         state: tensors by name, exactly those of the model; each is copied once.
         device: where they go.
-        dtype: of the floating ones.
+        dtype: of the parameters; floating buffers, such as a window, are float32 always.
 
     Raises:
         WeightsError: names or shapes differ.
@@ -189,8 +189,9 @@ def assign_state(
                 f"The weights do not fit their configuration: {name} has the shape "
                 f"{list(state[name].shape)}, {list(tensor.shape)} is expected."
             )
+    parameters = {name for name, _ in model.named_parameters()}
     converted = {
-        name: tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True)
+        name: tensor.to(device, dtype if name in parameters else torch.float32, copy=True)
         for name, tensor in state.items()
     }
     model.load_state_dict(converted, assign=True)

@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 MAX_DURATION = 600
 _SILENCE = 1e-4  # peak below -80 dBFS
 _REPORT_EVERY_S = 5.0
+# Of a melody the result hears no more than its own length and one context; the rest is margin for
+# the separator's segments. Separating all of a long song takes minutes without a GPU.
+_MELODY_MARGIN_S = 60
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class PredictionRequest:
                 f"classifier_free_guidance is {self.classifier_free_guidance:g}, it must be 0 or "
                 "more."
             )
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise InputError(f"seed is {self.seed}, it must fit in 64 bits.")
         if self.clip_end is not None and self.continuation_start >= self.clip_end:
             raise InputError(
                 f"continuation_start is {self.continuation_start} s, it must be before "
@@ -249,7 +254,10 @@ def _read_clip(request: PredictionRequest) -> tuple[Tensor, int]:
                 f"{name} is {second} s, but input_audio has only {length:.1f} s: give an earlier "
                 "second."
             )
-    wav, sample_rate = audio_read(path, start, -1.0 if end is None else end - start)
+    seconds = (length if end is None else end) - start
+    if not request.continuation:
+        seconds = min(seconds, request.duration + _MELODY_MARGIN_S)
+    wav, sample_rate = audio_read(path, start, seconds)
     if wav.shape[-1] == 0:
         raise AudioFileError("input_audio holds no sound in the part that is used: take another.")
     if wav.abs().max() < _SILENCE:

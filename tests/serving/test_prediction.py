@@ -86,6 +86,22 @@ def test_a_melody_is_followed(service, song):
     assert content(input_audio=song)
 
 
+def test_no_more_of_a_long_melody_is_used_than_is_heard(service, tmp_path):
+    """A song of 100 s gives what all of it gives, though its end is not even read."""
+    generator = torch.Generator().manual_seed(0)
+    tones = 220 * 2 ** (torch.randint(12, (100,), generator=generator) / 12)
+    phase = torch.cumsum(tones.repeat_interleave(8000) / 8000, dim=0)
+    wav = torch.sin(2 * torch.pi * phase)[None] / 2
+    song = audio_write(tmp_path / "long", wav, 8000, normalize=False)
+    result = service.predict(tiny(input_audio=song, prompt="x", duration=1, seed=2))
+    model = service._model
+    expected = model.generate_with_chroma(["x"], audio_read(song)[0][None], 8000)[0]
+    whole = audio_write(
+        tmp_path / "whole", expected, 32000, strategy="loudness", loudness_compressor=True
+    )
+    assert result.path.read_bytes() == whole.read_bytes()
+
+
 def test_a_continuation_opens_with_the_recording(service, song):
     request = tiny(
         input_audio=song,
@@ -130,6 +146,7 @@ def test_progress_is_logged_with_the_time_left(service, caplog):
         ({"prompt": "x", "duration": 0}, "duration is 0, it must be from 1 to 600 seconds."),
         ({"prompt": "x", "duration": 601}, "duration is 601, it must be from 1 to 600 seconds."),
         ({"prompt": "x", "top_k": -1}, "top_k is -1"),
+        ({"prompt": "x", "seed": 2**63}, "it must fit in 64 bits"),
         ({"prompt": "x", "top_p": 1.5}, "top_p is 1.5, it must be from 0 to 1."),
         ({"prompt": "x", "temperature": -0.5}, "temperature is -0.5"),
         ({"prompt": "x", "classifier_free_guidance": -1.0}, "classifier_free_guidance is -1"),
