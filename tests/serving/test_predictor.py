@@ -8,7 +8,13 @@ import cog
 import pytest
 
 import predict
+from audiocraft.data.audio import FORMATS
+from audiocraft.data.audio_utils import STRATEGIES
+from audiocraft.models.versions import VERSIONS
 from audiocraft.serving.prediction import PredictionRequest, PredictionResult
+from audiocraft.serving.schema import build_schema, input_schema
+
+ROOT = Path(predict.__file__).parent
 
 
 class FakeService:
@@ -92,3 +98,12 @@ def test_metrics_are_recorded(
     monkeypatch.setattr(predictor, "record_metric", metrics.__setitem__)
     predictor.run(**INPUTS)
     assert metrics == {"seed": 3}
+
+
+def test_every_choice_is_known_inside() -> None:
+    """The lists of choices are literals, for Cog's sake; they must not drift from the package."""
+    properties = input_schema(build_schema(ROOT))["properties"]
+    assert set(properties["model_version"]["enum"]) == set(VERSIONS)
+    assert set(properties["normalization_strategy"]["enum"]) == set(STRATEGIES)
+    assert set(properties["output_format"]["enum"]) == set(FORMATS)
+    assert list(properties) == [field.name for field in dataclasses.fields(PredictionRequest)]
