@@ -6,7 +6,7 @@ from audiocraft.models.musicgen import MusicGen
 
 __all__ = ["CompressionModel", "EncodecModel", "LMModel", "MusicGen"]
 
-_NOT_HERE = {"AudioGen", "MAGNeT", "JASCO", "MultiBandDiffusion"}
+_NOT_HERE = {"AudioGen", "MAGNeT", "JASCO"}
 
 
 def __getattr__(name: str) -> object:
