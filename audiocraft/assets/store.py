@@ -27,17 +27,26 @@ def fetch(repo_id: str, filename: str, cache_dir: str | Path | None = None) -> P
         AssetError: it is nowhere on disk and cannot be downloaded.
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     folder = Path(cache_dir or store_dir()) / repo_id
     stored = folder / filename
     if stored.exists():
         return stored
-    cached = try_to_load_from_cache(repo_id, filename)
-    if isinstance(cached, str):
-        return Path(cached)
     try:
+        cached = try_to_load_from_cache(repo_id, filename)
+        if isinstance(cached, str):
+            return Path(cached)
         return Path(hf_hub_download(repo_id, filename, local_dir=folder))
+    except HFValidationError as error:
+        raise AssetError(
+            f"{repo_id} is neither a file, a folder nor a hub id such as facebook/musicgen-small."
+        ) from error
     except (LocalEntryNotFoundError, EntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise AssetError(
             f"{filename} of {repo_id} is not in {folder} and could not be downloaded "

@@ -19,6 +19,7 @@ import shutil
 import stat
 import struct
 import subprocess
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,7 +40,10 @@ logger = logging.getLogger(__name__)
 
 FORMATS: Final = ("wav", "mp3", "flac", "ogg")
 
-_BLOCK: Final = 1 << 20  # samples; a header's promise of more is not allocated before it is read
+# Samples of soundfile, bytes of ffmpeg; a header's promise of more is not allocated before it is
+# read.
+_BLOCK: Final = 1 << 20
+_AU_HEADER: Final = struct.Struct(">4s5I")  # magic, offset, size, encoding, sample rate, channels
 _UNKNOWN_LENGTH: Final = (1 << 63) - 1  # libsndfile's SF_COUNT_MAX: a FLAC that was streamed
 
 # Containers that hold their own sound. ffmpeg would also follow playlists (hls, concat, dash, sdp),
@@ -115,8 +119,15 @@ def audio_info(filepath: str | Path) -> AudioFileInfo:
         return AudioFileInfo(
             header.sample_rate, header.frames / header.sample_rate, header.channels
         )
-    samples, sample_rate = _decode(path, skip_damage=header is not None and header.is_mpeg)
-    frames, channels = samples.shape
+    # Counted and not kept: an hour of compressed sound is gigabytes of samples.
+    head, size = b"", 0
+    for block in _decoded(path, skip_damage=header is not None and header.is_mpeg):
+        head += block[: _AU_HEADER.size - len(head)]
+        size += len(block)
+    _, offset, _, _, sample_rate, channels = _AU_HEADER.unpack(head)
+    frames = (size - offset) // (4 * channels)
+    if not frames:
+        raise _no_samples(path)
     return AudioFileInfo(sample_rate, frames / sample_rate, channels)
 
 
@@ -318,7 +329,19 @@ def _read_soundfile(path: Path, start: int, stop: int) -> NDArray[np.float32]:
 def _decode(
     path: Path, *, end: float | None = None, skip_damage: bool
 ) -> tuple[NDArray[np.float32], int]:
-    """Decode the first audio stream with ffmpeg.
+    """Samples (T, C) and sample rate, Hz, of what `_decoded` gives."""
+    data = bytearray()
+    for block in _decoded(path, end=end, skip_damage=skip_damage):
+        data += block
+    _, offset, _, _, sample_rate, channels = _AU_HEADER.unpack_from(data)
+    samples = np.frombuffer(data, ">f4", offset=offset).reshape(-1, channels)
+    if not len(samples):
+        raise _no_samples(path)
+    return samples.astype(np.float32), sample_rate
+
+
+def _decoded(path: Path, *, end: float | None = None, skip_damage: bool) -> Iterator[bytes]:
+    """The first audio stream, decoded by ffmpeg to AU with 32-bit floats, in blocks.
 
     Always from the start: AAC and MP3 frames need their predecessors, so a decoder that starts in
     the middle gives other samples.
@@ -328,8 +351,8 @@ def _decode(
         end: seconds after which nothing is needed.
         skip_damage: whether to go on where something cannot be decoded.
 
-    Returns:
-        Samples (T, C), and the sample rate, Hz.
+    Raises:
+        AudioFileError: behind the last block, where ffmpeg could not read the file.
     """
     command = [_ffmpeg(path), "-v", "error", "-nostdin", "-format_whitelist", _DEMUXERS]
     command += [] if skip_damage else ["-xerror"]
@@ -339,25 +362,28 @@ def _decode(
     command += [] if end is None else ["-t", f"{end + 1:.6f}"]
     # AU names the offset of its samples and, in a pipe, no size; libsndfile ends a WAV at 4 GiB.
     command += ["-c:a", "pcm_f32be", "-f", "au", "pipe:1"]
-    with path.open("rb") as file:
-        result = subprocess.run(  # noqa: S603 - no shell, and nothing of a user's in the command
-            command, stdin=file, capture_output=True, check=False
-        )
-    messages = result.stderr.decode(errors="replace")
+    with (
+        path.open("rb") as file,
+        tempfile.TemporaryFile() as stderr,
+        subprocess.Popen(  # noqa: S603 - no shell, and nothing of a user's in the command
+            command, stdin=file, stdout=subprocess.PIPE, stderr=stderr
+        ) as process,
+    ):
+        assert process.stdout is not None
+        while block := process.stdout.read(_BLOCK):
+            yield block
+        returncode = process.wait()
+        stderr.seek(0)
+        messages = stderr.read().decode(errors="replace")
     if "matches no streams" in messages:
         raise AudioFileError(f"{path.name} has no audio stream; choose a file with sound.")
-    if result.returncode:
+    if returncode:
         raise AudioFileError(
             f"{path.name} cannot be read as audio (ffmpeg: {_reason(messages)}); check that it is "
             "whole and plays, or convert it to WAV."
         )
     if messages:
         logger.warning("%s was read, but its decoder reported: %s", path.name, _reason(messages))
-    offset, _, _, sample_rate, channels = struct.unpack(">5I", result.stdout[4:24])
-    samples = np.frombuffer(result.stdout, ">f4", offset=offset).reshape(-1, channels)
-    if not len(samples):
-        raise _no_samples(path)
-    return samples.astype(np.float32), sample_rate
 
 
 def _piece(

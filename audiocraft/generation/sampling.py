@@ -3,6 +3,7 @@
 Golden test: `sampling`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ class SamplingParams:
     top_p: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.temp < 0:
+        if not 0 <= self.temp < math.inf:
             raise InputError(f"temperature is {self.temp}, it must be 0 or more.")
         if self.top_k < 0:
             raise InputError(f"top_k is {self.top_k}, it must be 0 or more (0 turns it off).")
@@ -39,7 +40,8 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         """True where no noise is needed."""
-        return not self.use_sampling or self.temp == 0
+        # Below this the second most likely token has no chance, and float32 no room.
+        return not self.use_sampling or self.temp < 1e-4  # noqa: PLR2004
 
 
 def next_token_probs(logits: Tensor, params: SamplingParams) -> Tensor:

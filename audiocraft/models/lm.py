@@ -22,7 +22,7 @@ from audiocraft.modules.conditioners import (
     ConditionTensors,
     nullify,
 )
-from audiocraft.modules.transformer import KVCache, Memory, Transformer, TransformerConfig
+from audiocraft.modules.transformer import KVCache, Memory, Norm, Transformer, TransformerConfig
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class LMModel(nn.Module):
         dim, n_q = config.dim, pattern_provider.n_q
         self.emb = nn.ModuleList(nn.Embedding(card + 1, dim) for _ in range(n_q))
         self.transformer = Transformer(config)
-        self.out_norm = nn.LayerNorm(dim)
+        self.out_norm = Norm(dim)
         self.linears = nn.ModuleList(nn.Linear(dim, card, bias=bias_proj) for _ in range(n_q))
         self.cfg: DictConfig | None = None
         """The resolved `xp.cfg` that the model was built from, if it was."""

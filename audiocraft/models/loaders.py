@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.base import ContainerMetadata, Metadata
+from omegaconf.errors import OmegaConfBaseException
 from omegaconf.nodes import AnyNode
 from torch import Tensor, nn
+from yaml import YAMLError
 
-from audiocraft.assets.store import fetch
+from audiocraft.assets.store import fetch, store_dir
 from audiocraft.errors import WeightsError
 from audiocraft.models import hf_encodec
 from audiocraft.models.builders import (
@@ -80,7 +82,7 @@ def _read_safetensors(path: Path) -> Checkpoint:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise WeightsError(f"{path.name} is broken ({error}); fetch it again.") from error
-    return Checkpoint(state, _resolve(metadata.get("xp.cfg")), metadata.get("pretrained"))
+    return Checkpoint(state, _read_config(path, metadata.get("xp.cfg")), metadata.get("pretrained"))
 
 
 def _read_torch(path: Path) -> Checkpoint:
@@ -89,7 +91,15 @@ def _read_torch(path: Path) -> Checkpoint:
             package = torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:  # torch's unpickler raises any of these on bytes that are no pickle
         code = re.search(r"(?i)unsupported (?:global: )?GLOBAL (\S+)", str(error))
         if code:
             raise WeightsError(
@@ -105,22 +115,32 @@ def _read_torch(path: Path) -> Checkpoint:
     if "pretrained" in package:
         return Checkpoint({}, pretrained=str(package["pretrained"]))
     # Exports have best_state; training checkpoints best_state.model; older fine-tunes model.
-    state = package.get("best_state") or package.get("model") or package
-    if "xp.cfg" in package:
-        state = state.get("model", state)
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+    state = package["best_state"] if "best_state" in package else package.get("model")
+    if isinstance(state, dict) and "model" in state:
+        state = state["model"]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise WeightsError(f"{path.name} holds no state of a model under best_state or model.")
-    return Checkpoint(state, _resolve(package.get("xp.cfg")))
+    return Checkpoint(state, _read_config(path, package.get("xp.cfg")))
 
 
-def _resolve(cfg: Any) -> DictConfig | None:
-    """An `xp.cfg` as YAML text or as an OmegaConf object, without what later versions refuse."""
+def _read_config(path: Path, cfg: Any) -> DictConfig | None:
+    """An `xp.cfg` as YAML text or as an OmegaConf object."""
     if cfg is None:
         return None
-    resolved = OmegaConf.create(cfg)
-    if not isinstance(resolved, DictConfig):
-        raise WeightsError("The file's xp.cfg is not a configuration.")
-    return resolved
+    try:
+        config = OmegaConf.create(cfg)
+        text = OmegaConf.to_yaml(config)
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise WeightsError(f"The xp.cfg of {path.name} cannot be read; fetch it again.") from error
+    if not isinstance(config, DictConfig):
+        raise WeightsError(f"The xp.cfg of {path.name} is no configuration; fetch it again.")
+    # Such as ${oc.env:TOKEN}: a foreign file must not read this machine's environment.
+    if re.search(r"\$\{[^}]*:", text):
+        raise WeightsError(
+            f"The xp.cfg of {path.name} asks for values of this machine, which it never gets; "
+            "write the values themselves into it."
+        )
+    return config
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -149,10 +169,12 @@ def find_file(source: str | Path, stem: str, cache_dir: str | Path | None = None
     path = Path(source)
     if path.is_file():
         return path
-    if path.is_dir():
+    stored = Path(cache_dir or store_dir()) / source
+    for folder in (path, stored):
         for suffix in _SUFFIXES:
-            if (path / (stem + suffix)).is_file():
-                return path / (stem + suffix)
+            if (folder / (stem + suffix)).is_file():
+                return folder / (stem + suffix)
+    if path.is_dir():
         raise WeightsError(
             f"{path} holds neither {stem}.safetensors nor {stem}.bin; give a release folder."
         )
@@ -216,8 +238,11 @@ def load_lm_model(
     """
     path = find_file(file_or_url_or_id, LM_FILE, cache_dir)
     checkpoint = read_checkpoint(path)
-    if checkpoint.cfg is None:
-        raise WeightsError(f"{path.name} has no xp.cfg; give an official export or a fine-tune.")
+    if checkpoint.cfg is None or "transformer_lm" not in checkpoint.cfg:
+        raise WeightsError(
+            f"{path.name} has no xp.cfg of a language model; give an official export or a "
+            "fine-tune."
+        )
     text_encoder = path.parent / "t5"
     with torch.device("meta"):
         model = get_lm_model(checkpoint.cfg, text_encoder if text_encoder.is_dir() else None)
@@ -265,8 +290,10 @@ def load_compression_model(
         beside = path.parent / checkpoint.pretrained
         target = str(beside) if beside.exists() else checkpoint.pretrained
         return load_compression_model(target, device, cache_dir)
-    if checkpoint.cfg is None:
-        raise WeightsError(f"{path.name} has no xp.cfg; give an official export of a codec.")
+    if checkpoint.cfg is None or "seanet" not in checkpoint.cfg:
+        raise WeightsError(
+            f"{path.name} has no xp.cfg of a codec; give an official export of an EnCodec."
+        )
     with torch.device("meta"):
         model = get_compression_model(checkpoint.cfg)
     assign_state(model, checkpoint.state, device)
@@ -289,8 +316,14 @@ def _load_hf_encodec(
 
 
 def load_models(source: str | Path, device: torch.device | str) -> tuple[LMModel, CompressionModel]:
-    """Language model and codec of a release folder or hub id, fitted to each other."""
+    """Language model and codec of a release, fitted to each other.
+
+    Args:
+        source: release folder, hub id, or the language model's file in a release folder.
+        device: where they will run.
+    """
     lm = load_lm_model(source, device)
     assert lm.cfg is not None, "load_lm_model always sets it"
-    codec = load_compression_model(source, device)
+    beside = Path(source).parent if Path(source).is_file() else source
+    codec = load_compression_model(beside, device)
     return lm, get_wrapped_compression_model(codec, lm.cfg)

@@ -39,7 +39,6 @@ class MusicGen:
     Attributes:
         duration: seconds of the result.
         max_duration: most seconds that the model sees at once; may be assigned.
-        extend_stride: seconds by which the window moves on beyond that.
         generation_params: settings of the language model's sampling.
         device: where the models are.
     """
@@ -60,7 +59,7 @@ class MusicGen:
         self.max_duration: float = max_duration
         self.device = lm.device
         self.duration = 0.0
-        self.extend_stride = 0.0
+        self._extend_stride: float | None = None
         self.seed: int | None = None
         self.generation_params: dict[str, Any] = {}
         self._progress_callback: ProgressCallback | None = None
@@ -139,14 +138,9 @@ class MusicGen:
         SamplingParams(use_sampling, temperature, top_k, top_p)
         if int(duration * self.frame_rate) < 1:
             raise InputError(f"duration is {duration} s, it must be at least one frame.")
-        if extend_stride is None:
-            extend_stride = min(18.0, 0.6 * self.max_duration)
-        if not 0 < extend_stride < self.max_duration:
-            raise InputError(
-                f"extend_stride is {extend_stride:g} s, it must be above 0 and below the context "
-                f"of {self.max_duration:g} s."
-            )
-        self.extend_stride = extend_stride
+        if extend_stride is not None:
+            self._check_stride(extend_stride)
+        self._extend_stride = extend_stride
         self.duration = duration
         self.seed = seed
         self.generation_params = {
@@ -158,6 +152,19 @@ class MusicGen:
             "two_step_cfg": two_step_cfg,
             "cfg_coef_beta": cfg_coef_beta,
         }
+
+    @property
+    def extend_stride(self) -> float:
+        """Seconds by which the window moves on in music longer than the context."""
+        given = self._extend_stride
+        return min(18.0, 0.6 * self.max_duration) if given is None else given
+
+    def _check_stride(self, extend_stride: float) -> None:
+        if not 1 / self.frame_rate <= extend_stride < self.max_duration:
+            raise InputError(
+                f"extend_stride is {extend_stride:g} s, it must be at least one frame and below "
+                f"the context of {self.max_duration:g} s."
+            )
 
     def set_custom_progress_callback(
         self, progress_callback: ProgressCallback | None = None
@@ -220,7 +227,9 @@ class MusicGen:
         if isinstance(melody_wavs, Tensor):
             melody_wavs = list(_batched(melody_wavs, "melody_wavs"))
         melodies = [
-            None if wav is None else self._convert(wav[None], melody_sample_rate)[0]
+            None
+            if wav is None
+            else self._convert(_batched(wav, "each of melody_wavs", "[C, T]"), melody_sample_rate)
             for wav in melody_wavs
         ]
         return self._run(descriptions, None, melodies, progress, return_tokens)
@@ -271,6 +280,8 @@ class MusicGen:
         if isinstance(descriptions, str):
             raise InputError("descriptions is one text; give a list of texts, one for each item.")
         rows = len(descriptions)
+        if not rows:
+            raise InputError("There is nothing to generate: give at least one description.")
         for name, items in (("melodies", melodies), ("prompts", prompt)):
             if items is not None and len(items) != rows:
                 raise InputError(
@@ -306,7 +317,7 @@ class MusicGen:
                 start = int(window.offset / self.frame_rate * self.sample_rate)
                 wav = loop_window(melody, start, int(self.max_duration * self.sample_rate))
             item.wav["self_wav"] = WavCondition(
-                wav[None], torch.tensor([wav.shape[-1]]), [self.sample_rate], [None], [None]
+                wav, torch.tensor([wav.shape[-1]]), [self.sample_rate], [None], [None]
             )
         return attributes
 
@@ -327,11 +338,8 @@ class MusicGen:
                 f"The prompt has {prompt_len / self.frame_rate:g} s: it must be shorter than the "
                 f"result's {self.duration:g} s and at most the context of {self.max_duration:g} s."
             )
-        if self.extend_stride >= self.max_duration:
-            raise InputError(
-                f"extend_stride is {self.extend_stride:g} s, it must be below the context of "
-                f"{self.max_duration:g} s."
-            )
+        if total > context:
+            self._check_stride(self.extend_stride)
         stride = int(self.frame_rate * self.extend_stride)
         windows = plan_windows(total, context, stride, prompt_len)
         noise = RowNoise(self.seed, len(descriptions), self.device)
@@ -368,10 +376,10 @@ def _progress_bar(steps: int, shown: bool) -> Any:
     return tqdm(total=steps, disable=not shown, unit="step", mininterval=0.5)
 
 
-def _batched(wav: Tensor, name: str) -> Tensor:
-    """Audio [B, C, T] from [B, C, T] or [C, T]."""
+def _batched(wav: Tensor, name: str, shape: str = "[B, C, T]") -> Tensor:
+    """Audio [B, C, T] from [C, T], or from [B, C, T] where that is the shape asked for."""
     if wav.dim() == 2:  # noqa: PLR2004 - [C, T]
         wav = wav[None]
-    if wav.dim() != 3:  # noqa: PLR2004 - [B, C, T]
-        raise InputError(f"{name} has the shape {list(wav.shape)}, it must be [B, C, T].")
+    elif wav.dim() != 3 or shape == "[C, T]":  # noqa: PLR2004 - [B, C, T]
+        raise InputError(f"{name} has the shape {list(wav.shape)}, it must be {shape}.")
     return wav

@@ -14,14 +14,12 @@ class Version:
         source: hub id, or the folder of a bundled version.
         melody: whether it follows a melody.
         stereo: whether it makes stereo.
-        license: SPDX-style name of the weights' licence.
     """
 
     name: str
     source: str
     melody: bool
     stereo: bool
-    license: str = "cc-by-nc-4.0"
 
 
 def _release(name: str) -> Version:
@@ -42,7 +40,7 @@ _RELEASED = (
 )
 
 VERSIONS: dict[str, Version] = {name: _release(name) for name in _RELEASED} | {
-    "tiny": Version("tiny", str(BUNDLED / "tiny"), melody=True, stereo=True, license="apache-2.0")
+    "tiny": Version("tiny", str(BUNDLED / "tiny"), melody=True, stereo=True)
 }
 """Every version by its short name."""
 

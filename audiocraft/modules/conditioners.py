@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from audiocraft.data.audio_utils import convert_audio
-from audiocraft.errors import InputError
+from audiocraft.errors import InputError, WeightsError
 from audiocraft.modules.chroma import ChromaExtractor
 from audiocraft.modules.stems import StemSeparator
 
@@ -98,13 +98,27 @@ class T5Conditioner(nn.Module):
     def load(self) -> tuple[Any, Any]:
         """The tokenizer and the encoder on the projection's device, from disk the first time."""
         if self._encoder is None:
-            from transformers import T5EncoderModel, T5Tokenizer
+            from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
             folder = self._source()
-            tokenizer = T5Tokenizer.from_pretrained(folder, local_files_only=True)
-            model: Any = T5EncoderModel.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+            # Not T5Tokenizer: it adds tokens of its own, which a small encoder does not have.
+            tokenizer: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+                tokenizer_file=str(folder / "tokenizer.json"),
+                pad_token="<pad>",  # noqa: S106 - no password
             )
+            # Eager attention gives wholly masked rows finite numbers on every device.
+            model: Any = T5EncoderModel.from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                dtype=torch.float32,
+                attn_implementation="eager",
+            )
+            if len(tokenizer) > model.config.vocab_size:
+                raise WeightsError(
+                    f"The text encoder's tokenizer has {len(tokenizer)} tokens, the encoder only "
+                    f"{model.config.vocab_size}; take both from the same release."
+                )
             # A tuple, so that nn.Module does not take T5 for one of its own children.
             self._encoder = (tokenizer, model.eval().requires_grad_(requires_grad=False))
         tokenizer, model = self._encoder

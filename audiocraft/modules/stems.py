@@ -87,16 +87,19 @@ def load_separator(
 
 def _load_model(path: Path) -> Any:
     from demucs import demucs, hdemucs, htdemucs
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     classes: dict[str, type[nn.Module]] = {
         "HTDemucs": htdemucs.HTDemucs,
         "HDemucs": hdemucs.HDemucs,
         "Demucs": demucs.Demucs,
     }
-    with safe_open(str(path), framework="pt") as file:
-        metadata = file.metadata() or {}
-        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        raise WeightsError(f"{path.name} is broken ({error}); fetch it again.") from error
     kind = metadata.get("klass", "").rsplit(".", 1)[-1]
     if kind not in classes:
         raise WeightsError(

@@ -97,6 +97,22 @@ def sin_embedding(positions: Tensor, dim: int) -> Tensor:
     return torch.cat([phase.cos(), phase.sin()], dim=-1)
 
 
+class Norm(nn.LayerNorm):
+    """LayerNorm between a float32 residual stream and layers in the weights' type.
+
+    With 16-bit weights the official model's residual stream is float32 too: adding the positions
+    makes it so.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, S, dim), float32, to the weights' type."""
+        weight, bias = self.weight, self.bias
+        normed = F.layer_norm(
+            x.float(), self.normalized_shape, weight.float(), bias.float(), self.eps
+        )
+        return normed.to(weight.dtype)
+
+
 class _Attention(nn.Module):
     """What both kinds of attention share: one packed input projection, one output projection."""
 
@@ -160,13 +176,13 @@ class TransformerLayer(nn.Module):
         super().__init__()
         dim, hidden = config.dim, config.dim * config.hidden_scale
         self.self_attn = SelfAttention(config)
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = Norm(dim)
         if config.cross_attention:
             self.cross_attention = CrossAttention(config)
-            self.norm_cross = nn.LayerNorm(dim)
+            self.norm_cross = Norm(dim)
         self.linear1 = nn.Linear(dim, hidden, bias=config.bias_ff)
         self.linear2 = nn.Linear(hidden, dim, bias=config.bias_ff)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = Norm(dim)
 
     def forward(
         self, x: Tensor, layer: int, memory: tuple[Tensor, Tensor] | None, cache: KVCache | None
@@ -201,7 +217,7 @@ class Transformer(nn.Module):
         start = 0 if cache is None else cache.length
         steps = x.shape[1]
         positions = torch.arange(start, start + steps, device=x.device)
-        x = x + sin_embedding(positions, x.shape[-1]).to(x.dtype)
+        x = x + sin_embedding(positions, x.shape[-1])  # float32 from here on
         for index, layer in enumerate(self.layers):
             x = layer(x, index, None if memory is None else memory[index], cache)
         if cache is not None:

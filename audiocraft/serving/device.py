@@ -47,6 +47,7 @@ class DeviceCheck:
                 cwd=Path(__file__).parents[2],
                 stdout=subprocess.PIPE,
                 text=True,
+                start_new_session=True,  # Ctrl-C in a terminal is not meant for it
             )
         return self
 

@@ -1,14 +1,15 @@
 """From a request to an audio file: what `predict.py` asks for."""
 
 import logging
+import math
 import os
 import secrets
-import shutil
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from audiocraft.data.audio import audio_info, audio_read, audio_write
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 MAX_DURATION = 600
 _SILENCE = 1e-4  # peak below -80 dBFS
 _REPORT_EVERY_S = 5.0
+_SHORTEST_CONTINUATION_S = 0.1
 # Of a melody the result hears no more than its own length and one context; the rest is margin for
 # the separator's segments. Separating all of a long song takes minutes without a GPU.
 _MELODY_MARGIN_S = 60
@@ -72,6 +74,8 @@ class PredictionRequest:
             )
         if self.top_k < 0:
             raise InputError(f"top_k is {self.top_k}, it must be 0 or more; 0 lifts the limit.")
+        if not math.isfinite(self.temperature + self.classifier_free_guidance + self.top_p):
+            raise InputError("temperature, classifier_free_guidance and top_p must be numbers.")
         if not 0 <= self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p:g}, it must be from 0 to 1.")
         if self.temperature < 0:
@@ -134,8 +138,10 @@ class PredictionService:
                 "COG_WEIGHTS is set, but fine-tuned weights are not supported yet; unset it."
             )
         _log_to_stderr()
+        # The same request gives the same file: no algorithm that is chosen by a race.
+        torch.backends.cudnn.deterministic = True
         self._model: MusicGen | None = None
-        self._folder: Path | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def predict(self, request: PredictionRequest) -> PredictionResult:
         """Make the music of a request.
@@ -162,7 +168,7 @@ class PredictionService:
         progress = _Progress()
         model.set_custom_progress_callback(progress)
         begin = time.perf_counter()
-        wav = _generate(model, request, clip)
+        wav = _generate(model, request, clip).cpu()  # a GPU is done when its result is here
         elapsed = time.perf_counter() - begin
         logger.info("Made %d s of music in %.1f s.", request.duration, elapsed)
         path = self._write(wav, model.sample_rate, request)
@@ -191,11 +197,10 @@ class PredictionService:
         return self._model
 
     def _write(self, wav: Tensor, sample_rate: int, request: PredictionRequest) -> Path:
-        folder = Path(tempfile.mkdtemp(prefix="musicgen-"))
-        self._folder = folder
+        self._folder = tempfile.TemporaryDirectory(prefix="musicgen-", ignore_cleanup_errors=True)
         return audio_write(
-            folder / f"musicgen-{secrets.token_hex(6)}",
-            wav.cpu(),
+            Path(self._folder.name) / f"musicgen-{secrets.token_hex(6)}",
+            wav,
             sample_rate,
             format=request.output_format,
             strategy=request.normalization_strategy,
@@ -205,7 +210,7 @@ class PredictionService:
     def _remove_last_result(self) -> None:
         """Cog does not remove the file that it has sent."""
         if self._folder is not None:
-            shutil.rmtree(self._folder)
+            self._folder.cleanup()
             self._folder = None
 
 
@@ -218,7 +223,13 @@ def _generate(
         audio = model.generate(descriptions)
     elif request.continuation:
         wav, sample_rate = clip
-        _check_prompt(wav.shape[-1] / sample_rate, request, model.max_duration)
+        seconds = wav.shape[-1] / sample_rate
+        if seconds > model.max_duration:
+            raise InputError(
+                f"The part of input_audio to continue has {seconds:.2f} s, {model.name} hears at "
+                f"most {model.max_duration:g} s: shorten it with continuation_start and "
+                "continuation_end."
+            )
         audio = model.generate_continuation(wav[None], sample_rate, descriptions)
     else:
         wav, sample_rate = clip
@@ -227,36 +238,30 @@ def _generate(
     return audio[0]
 
 
-def _check_prompt(seconds: float, request: PredictionRequest, context: float) -> None:
-    if seconds >= request.duration:
-        raise InputError(
-            f"The part of input_audio to continue has {seconds:.1f} s and duration is "
-            f"{request.duration} s, which counts it too: raise duration, or shorten the part with "
-            "continuation_start and continuation_end."
-        )
-    if seconds > context:
-        raise InputError(
-            f"The part of input_audio to continue has {seconds:.1f} s, {request.model_version} "
-            f"hears at most {context:g} s: shorten it with continuation_start and "
-            "continuation_end."
-        )
-
-
 def _read_clip(request: PredictionRequest) -> tuple[Tensor, int]:
     """The part of `input_audio` that is used, [C, T], and its sample rate."""
     assert request.input_audio is not None
     path = _checked_path(request.input_audio)
-    length = audio_info(path).duration
+    try:
+        length = audio_info(path).duration
+    except AudioFileError as error:
+        raise AudioFileError(f"input_audio: {error}") from error
     start, end = request.continuation_start, request.clip_end
     for name, second in (("continuation_start", start), ("continuation_end", end)):
         if second is not None and second > length:
             raise InputError(
-                f"{name} is {second} s, but input_audio has only {length:.1f} s: give an earlier "
+                f"{name} is {second} s, but input_audio has only {length:.2f} s: give an earlier "
                 "second."
             )
     seconds = (length if end is None else end) - start
     if not request.continuation:
         seconds = min(seconds, request.duration + _MELODY_MARGIN_S)
+    elif request.duration - seconds < _SHORTEST_CONTINUATION_S:
+        raise InputError(
+            f"The part of input_audio to continue has {seconds:.2f} s and duration is "
+            f"{request.duration} s, which counts it too: raise duration, or shorten the part with "
+            "continuation_start and continuation_end."
+        )
     wav, sample_rate = audio_read(path, start, seconds)
     if wav.shape[-1] == 0:
         raise AudioFileError("input_audio holds no sound in the part that is used: take another.")

@@ -54,6 +54,9 @@ def _write(package: Mapping[str, Any], out_file: Path | str) -> Path:
     out = Path(out_file)
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(f".{out.name}.unfinished")
-    torch.save({**package, "version": __version__, "exported": True}, unfinished)
-    unfinished.rename(out)
+    try:
+        torch.save({**package, "version": __version__, "exported": True}, unfinished)
+        unfinished.rename(out)
+    finally:
+        unfinished.unlink(missing_ok=True)
     return out

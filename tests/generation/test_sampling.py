@@ -65,7 +65,10 @@ def test_without_a_seed_torchs_own_counts():
     assert not torch.equal(draw(1), draw(2))
 
 
-@pytest.mark.parametrize("params", [SamplingParams(use_sampling=False), SamplingParams(temp=0)])
+@pytest.mark.parametrize(
+    "params",
+    [SamplingParams(use_sampling=False), SamplingParams(temp=0), SamplingParams(temp=1e-40)],
+)
 def test_greedy(params):
     logits = DATA["logits"]
     assert torch.equal(sample_next(logits, params, RowNoise(0, 3, CPU)), logits.argmax(-1))
@@ -73,7 +76,12 @@ def test_greedy(params):
 
 @pytest.mark.parametrize(
     ("settings", "name"),
-    [({"temp": -1}, "temperature"), ({"top_k": -1}, "top_k"), ({"top_p": 1.5}, "top_p")],
+    [
+        ({"temp": -1}, "temperature"),
+        ({"temp": float("nan")}, "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 1.5}, "top_p"),
+    ],
 )
 def test_bad_settings_are_refused(settings, name):
     with pytest.raises(InputError, match=name):

@@ -177,6 +177,27 @@ def test_decoding_step_by_step_equals_the_whole_sequence(kind):
     torch.testing.assert_close(torch.stack(steps, dim=2), whole[:, :, 6:], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", STATES)
+@torch.no_grad()
+def test_half_precision_weights(kind, dtype):
+    """Only weights, cache and layer inputs are 16 bit; the residual stream stays float32."""
+    model, half = lm(STATES[kind]), lm(STATES[kind]).to(dtype)
+    items = melodies() if kind == "melody" else descriptions(STATES[kind])
+    codes = torch.arange(3 * model.num_codebooks * 17).view(3, -1, 17) % model.card
+    exact, ours = model(codes, items), half(codes, items)
+    assert ours.dtype == dtype
+    tolerance = {torch.float16: 0.01, torch.bfloat16: 0.06}[dtype]
+    assert (ours.float() - exact).abs().max() < tolerance * exact.std()
+    state = half.start(items, max_steps=20)
+    half.advance(state, codes)
+    assert state.cache.keys.dtype == dtype
+    residual = []
+    half.transformer.layers[-1].register_forward_hook(lambda *call: residual.append(call[-1].dtype))
+    half.generate(conditions=items, max_gen_len=4)
+    assert set(residual) == {torch.float32}
+
+
 def test_progress_counts_finished_steps():
     calls = []
     lm("lm_tiny_text_mono").generate(

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from audiocraft.errors import AssetError, WeightsError
+from audiocraft.models import MusicGen
 from audiocraft.models.builders import get_lm_model
 from audiocraft.models.encodec import CompressionModel, InterleaveStereoCompressionModel
 from audiocraft.models.loaders import load_compression_model, load_lm_model, load_models
@@ -214,6 +215,9 @@ def test_a_pickle_that_runs_code_does_not_run(release, tmp_path, zipped, functio
     [
         b"",
         b"not weights at all",
+        b"hello world, this is a song",
+        b".",
+        b"RIFF\x24\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0",
         pickle.dumps({"a": 1}),
         b"PK\x03\x04broken",
         b"\x08" + b"\0" * 7 + b"{broken}",
@@ -224,6 +228,44 @@ def test_what_is_no_weights_file_is_refused_by_name(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(WeightsError, match=r"song\.bin"):
         load_lm_model(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"model": [1, 2]}, {"best_state": torch.zeros(2)}, {"best_state": {"model": 3}}, [1]],
+)
+def test_files_without_a_state_are_refused(tmp_path, content):
+    torch.save(content, tmp_path / "a.bin")
+    with pytest.raises(WeightsError, match=r"^a\.bin "):
+        load_lm_model(tmp_path / "a.bin")
+
+
+def test_a_configuration_cannot_read_this_machine(release, monkeypatch):
+    folder = release("mono")
+    exported = package(folder)
+    monkeypatch.setenv("TOKEN", "s3cr3t")
+    for cfg, message in (
+        (exported["xp.cfg"].replace("t5-base", "${oc.env:TOKEN}"), "asks for values of this"),
+        ("a: [", "cannot be read"),
+        ("- 1", "is no configuration"),
+        ("a: 1", "has no xp.cfg of a language model"),
+    ):
+        torch.save({**exported, "xp.cfg": cfg}, folder / "state_dict.bin")
+        with pytest.raises(WeightsError, match=message) as caught:
+            load_lm_model(folder)
+        assert "s3cr3t" not in str(caught.value)
+
+
+def test_the_language_models_own_path_is_enough(release):
+    folder = release("stereo")
+    model = MusicGen.get_pretrained(folder / "state_dict.bin", device="cpu")
+    assert model.audio_channels == 2
+    with pytest.raises(
+        WeightsError, match=r"^compression_state_dict\.bin has no xp\.cfg of a lang"
+    ):
+        load_lm_model(folder / "compression_state_dict.bin")
+    with pytest.raises(WeightsError, match=r"^state_dict\.bin has no xp\.cfg of a codec"):
+        load_compression_model(folder / "state_dict.bin")
 
 
 def test_weights_that_do_not_fit_are_refused(release):
@@ -256,6 +298,8 @@ def test_a_folder_without_weights_and_an_unknown_id(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(AssetError, match=r"state_dict.bin of facebook/musicgen-small"):
         load_lm_model("facebook/musicgen-small")
+    with pytest.raises(AssetError, match="neither a file, a folder nor a hub id"):
+        load_lm_model("/no/such/folder")
 
 
 def test_a_hub_id_is_found_in_the_store(release, tmp_path, monkeypatch):
@@ -269,6 +313,10 @@ def test_a_hub_id_is_found_in_the_store(release, tmp_path, monkeypatch):
     monkeypatch.delenv("AUDIOCRAFT_CACHE_DIR")
     lm = load_lm_model(VERSIONS["small"].source, cache_dir=store)
     assert same(lm, package(folder)["best_state"])
+    exported = package(folder)
+    half = {key: value.half() for key, value in exported["best_state"].items()}
+    save_file(half, folder / "state_dict.safetensors", {"xp.cfg": exported["xp.cfg"]})
+    assert same(load_lm_model(VERSIONS["small"].source, cache_dir=store), half)
 
 
 def anonymous_bytes():

@@ -173,6 +173,7 @@ def test_codes_to_audio(tiny):
     [
         ({"extend_stride": 30}, "extend_stride is 30 s, .* context of 30 s"),
         ({"extend_stride": 0}, "extend_stride is 0 s"),
+        ({"extend_stride": 0.01}, "extend_stride is 0.01 s, it must be at least one frame"),
         ({"temperature": -1}, "temperature"),
         ({"top_p": 2}, "top_p"),
         ({"duration": 0}, "duration is 0 s"),
@@ -189,6 +190,8 @@ def test_bad_inputs_are_refused(debug):
         debug.generate("one text")
     with pytest.raises(InputError, match="follows no melody"):
         debug.generate_with_chroma(["a"], torch.zeros(1, 1, 100), 32000)
+    with pytest.raises(InputError, match="give at least one description"):
+        debug.generate([])
     with pytest.raises(InputError, match=r"prompt has the shape \[5\]"):
         debug.generate_continuation(torch.zeros(5), 32000)
     with pytest.raises(InputError, match="shorter than the result's 2 s"):
@@ -196,6 +199,36 @@ def test_bad_inputs_are_refused(debug):
     debug.set_generation_params(duration=60)
     with pytest.raises(InputError, match="at most the context of 30 s"):
         debug.generate_continuation(torch.zeros(1, 1, 31 * 32000), 32000)
+
+
+def test_the_context_may_be_assigned():
+    """The default stride follows it, and short music asks for no stride."""
+    debug = MusicGen.get_pretrained("debug", device="cpu")
+    debug.set_generation_params(duration=1)
+    debug.max_duration = 2
+    assert debug.extend_stride == pytest.approx(1.2)
+    assert list(debug.generate(["a"]).shape) == [1, 1, 32000]
+    debug.duration = 3
+    assert list(debug.generate(["a"]).shape) == [1, 1, 96000]
+    debug.set_generation_params(duration=1, extend_stride=1.5)
+    debug.max_duration = 1.2
+    debug.generate(["a"])
+    debug.duration = 2
+    with pytest.raises(InputError, match=r"extend_stride is 1\.5 s, .* context of 1\.2 s"):
+        debug.generate(["a"])
+
+
+def test_any_text_is_a_description(tiny):
+    """Such as the names of tokens that large T5s have, or what no tokenizer knows."""
+    tiny.set_generation_params(duration=0.1)
+    tiny.generate(["<extra_id_3>", "</s> <pad>", "\U0001f3b8 ピアノ \0", "x" * 5000])
+
+
+def test_melodies_have_two_dimensions(tiny):
+    with pytest.raises(InputError, match=r"each of melody_wavs has the shape \[100\]"):
+        tiny.generate_with_chroma(["a"], [torch.zeros(100)], 32000)
+    with pytest.raises(InputError, match=r"each of melody_wavs has the shape \[1, 1, 100\]"):
+        tiny.generate_with_chroma(["a"], [torch.zeros(1, 1, 100)], 32000)
 
 
 def test_melodies_and_descriptions_must_be_as_many(tiny):

@@ -1,6 +1,7 @@
 """Requests on the bundled model, without the server."""
 
 import logging
+import shutil
 
 import pytest
 import soundfile
@@ -156,9 +157,9 @@ def test_progress_is_logged_with_the_time_left(service, caplog):
             "multi_band_diffusion is not supported yet",
         ),
         ({"continuation_start": 2, "continuation_end": 2}, "continuation_start is 2 s"),
-        ({"continuation_start": 5}, "continuation_start is 5 s, but input_audio has only 4.0 s"),
-        ({"continuation_end": 5}, "continuation_end is 5 s, but input_audio has only 4.0 s"),
-        ({"continuation": True, "duration": 4}, "has 4.0 s and duration is 4 s, which counts it"),
+        ({"continuation_start": 5}, "continuation_start is 5 s, but input_audio has only 4.00 s"),
+        ({"continuation_end": 5}, "continuation_end is 5 s, but input_audio has only 4.00 s"),
+        ({"continuation": True, "duration": 4}, "has 4.00 s and duration is 4 s, which counts it"),
     ],
 )
 def test_bad_requests_are_refused(service, song, inputs, message):
@@ -171,8 +172,29 @@ def test_bad_requests_are_refused(service, song, inputs, message):
 
 def test_a_prompt_longer_than_the_context_is_refused(service, tmp_path):
     long = audio_write(tmp_path / "long", torch.rand(1, 31 * 8000), 8000)
-    with pytest.raises(InputError, match=r"31\.0 s, tiny hears at most 30 s"):
+    with pytest.raises(InputError, match=r"31\.00 s, tiny hears at most 30 s"):
         service.predict(tiny(input_audio=long, continuation=True, duration=60))
+
+
+def test_a_prompt_that_leaves_nothing_is_refused_before_the_model_is_loaded(service, song):
+    request = PredictionRequest(
+        input_audio=song, continuation=True, duration=3, model_version="large"
+    )
+    with pytest.raises(InputError, match=r"has 4\.00 s and duration is 3 s"):
+        service.predict(request)
+
+
+def test_a_result_that_somebody_removed_is_no_error(service):
+    for _ in range(2):
+        result = service.predict(tiny(prompt="x", duration=1))
+        shutil.rmtree(result.path.parent)
+
+
+def test_broken_audio_is_named(service, tmp_path):
+    broken = tmp_path / "tmp8f3file"
+    broken.write_text("not a song")
+    with pytest.raises(AudioFileError, match=r"^input_audio: tmp8f3file cannot be read as audio"):
+        service.predict(tiny(input_audio=broken))
 
 
 def test_a_version_without_melody_is_refused_before_it_is_loaded(service, song):
