@@ -24,7 +24,7 @@ from omegaconf.nodes import AnyNode
 from torch import Tensor, nn
 from yaml import YAMLError
 
-from audiocraft.assets.store import fetch, store_dir
+from audiocraft.assets.store import fetch, fetch_folder, store_dir
 from audiocraft.errors import WeightsError
 from audiocraft.models import hf_encodec
 from audiocraft.models.builders import (
@@ -305,8 +305,7 @@ def _load_hf_encodec(
 ) -> CompressionModel:
     folder = Path(source)
     if not folder.is_dir():
-        folder = fetch(source, "config.json", cache_dir).parent
-        fetch(source, "model.safetensors", cache_dir)
+        folder = fetch_folder(source, ("config.json", "model.safetensors"), cache_dir)
     config = json.loads((folder / "config.json").read_text())
     with torch.device("meta"):
         model = hf_encodec.build(config)
