@@ -6,10 +6,15 @@ Golden test: `encodec_tiny`.
 from dataclasses import dataclass
 from math import prod
 
+import torch
 from torch import Tensor, nn
 
 from audiocraft.modules.conv import PadMode, StreamableConv1d, StreamableConvTranspose1d
 from audiocraft.modules.lstm import StreamableLSTM
+
+_CHUNK_FRAMES = 500
+# A sample depends on less than 4 frames to either side in the released shape.
+_CONTEXT_FRAMES = 16
 
 
 @dataclass(frozen=True)
@@ -122,13 +127,20 @@ class SEANetEncoder(nn.Module):
 
 
 class SEANetDecoder(nn.Module):
-    """Latent (B, dimension, T) to audio (B, channels, T * hop)."""
+    """Latent (B, dimension, T) to audio (B, channels, T * hop).
+
+    Upsampling takes the memory: 80 MB per second of stereo at the released size. It is done in
+    chunks, each with as many frames around it as its samples depend on, so that any length fits
+    and nothing is heard of it.
+    """
 
     def __init__(self, config: SEANetConfig) -> None:
         super().__init__()
+        self.hop_length = config.hop_length
         dim = config.n_filters * 2 ** len(config.ratios)
         layers: list[nn.Module] = [config.conv(config.dimension, dim, config.kernel_size)]
         layers += _lstm(config, dim)
+        self.num_frame_layers = len(layers)
         for ratio in config.ratios:
             upsample = StreamableConvTranspose1d(
                 dim, dim // 2, 2 * ratio, ratio, config.causal, config.trim_right_ratio
@@ -141,5 +153,15 @@ class SEANetDecoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Decode."""
-        wav: Tensor = self.model(z)
-        return wav
+        hidden = self.model[: self.num_frame_layers](z)
+        frames = hidden.shape[-1]
+        pieces = []
+        for start in range(0, frames, _CHUNK_FRAMES):
+            stop = min(start + _CHUNK_FRAMES, frames)
+            first = max(0, start - _CONTEXT_FRAMES)
+            around = hidden[..., first : stop + _CONTEXT_FRAMES]
+            wav = self.model[self.num_frame_layers :](around)
+            pieces.append(
+                wav[..., (start - first) * self.hop_length : (stop - first) * self.hop_length]
+            )
+        return torch.cat(pieces, dim=-1)
