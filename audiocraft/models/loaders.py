@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from yaml import YAMLError
 
 from audiocraft.assets.store import fetch, fetch_folder, store_dir
+from audiocraft.assets.tensors import read_safetensors
 from audiocraft.errors import WeightsError
 from audiocraft.models import hf_encodec
 from audiocraft.models.builders import (
@@ -74,14 +75,7 @@ class Checkpoint:
 
 
 def _read_safetensors(path: Path) -> Checkpoint:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    except SafetensorError as error:
-        raise WeightsError(f"{path.name} is broken ({error}); fetch it again.") from error
+    state, metadata = read_safetensors(path)
     return Checkpoint(state, _read_config(path, metadata.get("xp.cfg")), metadata.get("pretrained"))
 
 
@@ -309,7 +303,7 @@ def _load_hf_encodec(
     config = json.loads((folder / "config.json").read_text())
     with torch.device("meta"):
         model = hf_encodec.build(config)
-    state = _read_safetensors(folder / "model.safetensors").state
+    state, _ = read_safetensors(folder / "model.safetensors")
     assign_state(model, hf_encodec.native_state(model, state), device)
     return model.eval()
 

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from audiocraft.assets.tensors import read_safetensors
 from audiocraft.errors import WeightsError
-
-_CLASSES = ("HTDemucs", "HDemucs", "Demucs")
 
 
 class StemSeparator:
@@ -87,29 +86,28 @@ def load_separator(
 
 def _load_model(path: Path) -> Any:
     from demucs import demucs, hdemucs, htdemucs
-    from safetensors import SafetensorError, safe_open
 
     classes: dict[str, type[nn.Module]] = {
         "HTDemucs": htdemucs.HTDemucs,
         "HDemucs": hdemucs.HDemucs,
         "Demucs": demucs.Demucs,
     }
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    except SafetensorError as error:
-        raise WeightsError(f"{path.name} is broken ({error}); fetch it again.") from error
+    state, metadata = read_safetensors(path)
     kind = metadata.get("klass", "").rsplit(".", 1)[-1]
     if kind not in classes:
         raise WeightsError(
-            f"{path.name} names the class {metadata.get('klass')!r}, only {', '.join(_CLASSES)} "
+            f"{path.name} names the class {metadata.get('klass')!r}, only {', '.join(classes)} "
             "are accepted; fetch the separator again."
         )
-    args = _decode(json.loads(metadata["args"]))
-    kwargs = _decode(json.loads(metadata["kwargs"]))
-    model = classes[kind](*args, **kwargs)
-    model.load_state_dict(state)
+    try:
+        args, kwargs = (_decode(json.loads(metadata[name])) for name in ("args", "kwargs"))
+        model = classes[kind](*args, **kwargs)
+        model.load_state_dict(state)
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise WeightsError(
+            f"{path.name} does not hold the {kind} that it names ({type(error).__name__}); fetch "
+            "the separator again."
+        ) from error
     return model
 
 

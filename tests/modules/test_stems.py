@@ -71,6 +71,13 @@ def test_a_class_that_is_not_demucs_is_not_called(htdemucs):
     save(klass="os.mkdir")
     with pytest.raises(WeightsError, match=r"12345678\.safetensors names the class 'os\.mkdir'"):
         load_separator(folder.joinpath, "htdemucs", "cpu")
+    file = folder / "12345678.safetensors"
+    save_file({"a": torch.zeros(1)}, file, {"klass": "demucs.htdemucs.HTDemucs"})
+    with pytest.raises(WeightsError, match=r"^12345678\.safetensors does not hold the HTDemucs"):
+        load_separator(folder.joinpath, "htdemucs", "cpu")
+    file.write_bytes(b"not a model")
+    with pytest.raises(WeightsError, match=r"^12345678\.safetensors is broken"):
+        load_separator(folder.joinpath, "htdemucs", "cpu")
     (folder / "htdemucs.yaml").write_text("[]")
     with pytest.raises(WeightsError, match=r"htdemucs\.yaml lists no demucs models"):
         load_separator(folder.joinpath, "htdemucs", "cpu")
