@@ -12,7 +12,8 @@ PACKAGE = ROOT / "audiocraft"
 # What each room may import of the others (README, architecture).
 ROOMS = {
     "errors": set(),
-    "assets": {"errors"},
+    "progress": set(),
+    "assets": {"errors", "progress"},
     "data": {"errors", "models", "modules", "assets", "data"},
     "quantization": {"errors"},
     "modules": {"errors", "assets", "data", "modules"},
@@ -28,7 +29,7 @@ ROOMS = {
         "__init__",
     },
     "utils": {"errors", "models", "__init__"},
-    "serving": {"errors", "models", "data", "serving", "__init__"},
+    "serving": {"errors", "progress", "assets", "models", "data", "serving", "__init__"},
     "__init__": set(),
 }
 HEAVY = [

@@ -16,12 +16,12 @@ from audiocraft.data.audio import audio_info, audio_read, audio_write
 from audiocraft.errors import AudioFileError, InputError, WeightsError
 from audiocraft.models.musicgen import MusicGen
 from audiocraft.models.versions import VERSIONS
+from audiocraft.progress import ProgressLog
 
 logger = logging.getLogger(__name__)
 
 MAX_DURATION = 600
 _SILENCE = 1e-4  # peak below -80 dBFS
-_REPORT_EVERY_S = 5.0
 _SHORTEST_CONTINUATION_S = 0.1
 # Of a melody the result hears no more than its own length and one context; the rest is margin for
 # the separator's segments. Separating all of a long song takes minutes without a GPU.
@@ -165,8 +165,8 @@ class PredictionService:
             cfg_coef=request.classifier_free_guidance,
             seed=seed,
         )
-        progress = _Progress()
-        model.set_custom_progress_callback(progress)
+        progress = ProgressLog(logger, "steps")
+        model.set_custom_progress_callback(progress.update)
         begin = time.perf_counter()
         wav = _generate(model, request, clip).cpu()  # a GPU is done when its result is here
         elapsed = time.perf_counter() - begin
@@ -178,7 +178,7 @@ class PredictionService:
                 "seed": seed,
                 "seconds_generated": wav.shape[-1] / model.sample_rate,
                 "real_time_factor": wav.shape[-1] / model.sample_rate / elapsed,
-                "steps_per_second": progress.steps / elapsed,
+                "steps_per_second": progress.done / elapsed,
                 "model_version": request.model_version,
             },
         )
@@ -289,27 +289,6 @@ def _checked_path(path: Path) -> Path:
         "input_audio is a path on the server, which is not allowed: give a URL, or start the "
         "server with ALLOW_LOCAL_FILES=1."
     )
-
-
-class _Progress:
-    """Logs a line every 10 % or 5 seconds, with the time that is left."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self._begin = self._reported = time.perf_counter()
-        self._tenth = 0
-
-    def __call__(self, done: int, total: int) -> None:
-        """Take note of a finished step."""
-        self.steps = done
-        now = time.perf_counter()
-        tenth = 10 * done // total
-        if tenth > self._tenth or now - self._reported >= _REPORT_EVERY_S:
-            left = (now - self._begin) / done * (total - done)
-            logger.info(
-                "%3d %%, %d of %d steps, %.0f s left", 100 * done // total, done, total, left
-            )
-            self._tenth, self._reported = tenth, now
 
 
 def _log_to_stderr() -> None:
