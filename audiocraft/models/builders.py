@@ -29,7 +29,7 @@ from audiocraft.modules.stems import StemSeparator, load_separator
 from audiocraft.modules.transformer import TransformerConfig
 from audiocraft.quantization.vq import ResidualVectorQuantizer
 
-_T5_DIMS = {"t5-small": 512, "t5-base": 768, "t5-large": 1024, "t5-3b": 1024, "t5-11b": 1024}
+T5_DIMS = {"t5-small": 512, "t5-base": 768, "t5-large": 1024, "t5-3b": 1024, "t5-11b": 1024}
 _T5_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 # Settings of the official configuration that no release uses otherwise, with what is implemented.
@@ -78,10 +78,10 @@ def _t5(cfg: DictConfig, dim: int, folder: Path | None) -> T5Conditioner:
     if folder is not None:
         width = json.loads((folder / "config.json").read_text())["d_model"]
         return T5Conditioner(partial(Path, folder), width, dim)
-    if cfg.name not in _T5_DIMS:
-        raise WeightsError(f"The text encoder {cfg.name} is not one of {', '.join(_T5_DIMS)}.")
+    if cfg.name not in T5_DIMS:
+        raise WeightsError(f"The text encoder {cfg.name} is not one of {', '.join(T5_DIMS)}.")
     source = partial(fetch_folder, f"google-t5/{cfg.name}", _T5_FILES)
-    return T5Conditioner(source, _T5_DIMS[cfg.name], dim)
+    return T5Conditioner(source, T5_DIMS[cfg.name], dim)
 
 
 def _htdemucs(device: torch.device) -> StemSeparator:

@@ -12,7 +12,7 @@ import typing
 import zipfile
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from audiocraft.modules.conditioners import ChromaStemConditioner, T5Conditioner
 LM_FILE = "state_dict"
 CODEC_FILE = "compression_state_dict"
 _SUFFIXES = (".safetensors", ".bin")
+_RELEASED_CODEC = r"facebook/encodec_\w+"
 
 # What a training checkpoint's configuration is pickled with; none of these runs code.
 _CONFIG_CLASSES: list[Any] = [
@@ -64,22 +65,27 @@ class Checkpoint:
     """What a weights file holds.
 
     Attributes:
+        name: of the file, for messages.
         state: tensors by name; empty in a pointer.
         cfg: resolved `xp.cfg`, if the file has one.
         pretrained: what a pointer points to.
+        metadata: of a safetensors file.
     """
 
+    name: str
     state: Mapping[str, Tensor]
     cfg: DictConfig | None = None
     pretrained: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-def _read_safetensors(path: Path) -> Checkpoint:
-    state, metadata = read_safetensors(path)
-    return Checkpoint(state, _read_config(path, metadata.get("xp.cfg")), metadata.get("pretrained"))
+def _read_safetensors(path: Path, name: str) -> Checkpoint:
+    state, metadata = read_safetensors(path, name)
+    cfg = _read_config(name, metadata.get("xp.cfg"))
+    return Checkpoint(name, state, cfg, metadata.get("pretrained"), metadata)
 
 
-def _read_torch(path: Path) -> Checkpoint:
+def _read_torch(path: Path, name: str) -> Checkpoint:
     try:
         with torch.serialization.safe_globals(_CONFIG_CLASSES):
             package = torch.load(
@@ -97,27 +103,26 @@ def _read_torch(path: Path) -> Checkpoint:
         code = re.search(r"(?i)unsupported (?:global: )?GLOBAL (\S+)", str(error))
         if code:
             raise WeightsError(
-                f"{path.name} would run {code[1]} while it is read, which is never done; take an "
+                f"{name} would run {code[1]} while it is read, which is never done; take an "
                 "official export or a fine-tune."
             ) from error
         raise WeightsError(
-            f"{path.name} is not a file of MusicGen weights; take an official export or a "
-            "fine-tune."
+            f"{name} is not a file of MusicGen weights; take an official export or a fine-tune."
         ) from error
     if not isinstance(package, dict):
-        raise WeightsError(f"{path.name} is not a file of MusicGen weights.")
+        raise WeightsError(f"{name} is not a file of MusicGen weights.")
     if "pretrained" in package:
-        return Checkpoint({}, pretrained=str(package["pretrained"]))
+        return Checkpoint(name, {}, pretrained=str(package["pretrained"]))
     # Exports have best_state; training checkpoints best_state.model; older fine-tunes model.
     state = package["best_state"] if "best_state" in package else package.get("model")
     if isinstance(state, dict) and "model" in state:
         state = state["model"]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise WeightsError(f"{path.name} holds no state of a model under best_state or model.")
-    return Checkpoint(state, _read_config(path, package.get("xp.cfg")))
+        raise WeightsError(f"{name} holds no state of a model under best_state or model.")
+    return Checkpoint(name, state, _read_config(name, package.get("xp.cfg")))
 
 
-def _read_config(path: Path, cfg: Any) -> DictConfig | None:
+def _read_config(name: str, cfg: Any) -> DictConfig | None:
     """An `xp.cfg` as YAML text or as an OmegaConf object."""
     if cfg is None:
         return None
@@ -125,27 +130,34 @@ def _read_config(path: Path, cfg: Any) -> DictConfig | None:
         config = OmegaConf.create(cfg)
         text = OmegaConf.to_yaml(config)
     except (YAMLError, OmegaConfBaseException) as error:
-        raise WeightsError(f"The xp.cfg of {path.name} cannot be read; fetch it again.") from error
+        raise WeightsError(f"The xp.cfg of {name} cannot be read; fetch it again.") from error
     if not isinstance(config, DictConfig):
-        raise WeightsError(f"The xp.cfg of {path.name} is no configuration; fetch it again.")
+        raise WeightsError(f"The xp.cfg of {name} is no configuration; fetch it again.")
     # Such as ${oc.env:TOKEN}: a foreign file must not read this machine's environment.
     if re.search(r"\$\{[^}]*:", text):
         raise WeightsError(
-            f"The xp.cfg of {path.name} asks for values of this machine, which it never gets; "
+            f"The xp.cfg of {name} asks for values of this machine, which it never gets; "
             "write the values themselves into it."
         )
     return config
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
     """Read a weights file of any supported form, recognised by its content.
+
+    The tensors lie in the file still: they are read by memory map when they are used.
+
+    Args:
+        path: the file.
+        name: what messages call it, if not by its own name.
 
     Raises:
         WeightsError: it is none, or it would have to run code to be read.
     """
     with path.open("rb") as file:
         head = file.read(9)
-    return _read_safetensors(path) if head[8:] == b"{" else _read_torch(path)
+    read = _read_safetensors if head[8:] == b"{" else _read_torch
+    return read(path, name or path.name)
 
 
 def find_file(source: str | Path, stem: str, cache_dir: str | Path | None = None) -> Path:
@@ -231,18 +243,40 @@ def load_lm_model(
         AssetError: it cannot be fetched.
     """
     path = find_file(file_or_url_or_id, LM_FILE, cache_dir)
-    checkpoint = read_checkpoint(path)
+    return build_lm_model(read_checkpoint(path), text_encoder_of(path), device)
+
+
+def text_encoder_of(path: Path) -> Path | None:
+    """Folder of the text encoder that a release folder carries, from the path of its weights."""
+    folder = path.parent / "t5"
+    return folder if folder.is_dir() else None
+
+
+def build_lm_model(
+    checkpoint: Checkpoint, text_encoder: Path | None, device: torch.device | str
+) -> LMModel:
+    """The language model of a checkpoint: float32 on the CPU, float16 elsewhere, evaluating.
+
+    Args:
+        checkpoint: tensors and configuration.
+        text_encoder: folder of the text encoder, instead of the name in the configuration.
+        device: where it will run.
+
+    Raises:
+        WeightsError: this is not a MusicGen language model.
+        AssetError: the text encoder cannot be fetched.
+    """
     if checkpoint.cfg is None or "transformer_lm" not in checkpoint.cfg:
         raise WeightsError(
-            f"{path.name} has no xp.cfg of a language model; give an official export or a "
+            f"{checkpoint.name} has no xp.cfg of a language model; give an official export or a "
             "fine-tune."
         )
-    text_encoder = path.parent / "t5"
-    with torch.device("meta"):
-        model = get_lm_model(checkpoint.cfg, text_encoder if text_encoder.is_dir() else None)
-    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
     # Models built without memory-efficient attention have one more level in these names.
-    state = {key.replace("_attn.mha.", "_attn."): value for key, value in checkpoint.state.items()}
+    state = {official_key(key): value for key, value in checkpoint.state.items()}
+    _check_depth(checkpoint.name, checkpoint.cfg, state)
+    with torch.device("meta"):
+        model = get_lm_model(checkpoint.cfg, text_encoder)
+    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
     assign_state(model, state, device, dtype)
     for conditioner in model.condition_provider.conditioners.values():
         if isinstance(conditioner, ChromaStemConditioner):
@@ -252,6 +286,25 @@ def load_lm_model(
         elif isinstance(conditioner, T5Conditioner):
             conditioner.load()
     return model.eval()
+
+
+def official_key(key: str) -> str:
+    """Name of a tensor as released; models without memory-efficient attention have a level more."""
+    return re.sub(r"(attn|attention)\.mha\.", r"\1.", key)
+
+
+def _check_depth(name: str, cfg: DictConfig, state: Mapping[str, Tensor]) -> None:
+    """Refuse a configuration of more layers than the file has tensors: building them takes hours.
+
+    What else does not fit is named when the tensors are assigned.
+    """
+    for setting in ("num_layers", "n_q"):
+        wanted = cfg.transformer_lm.get(setting)
+        if not isinstance(wanted, int) or not 0 < wanted <= len(state):
+            raise WeightsError(
+                f"{name} holds {len(state)} tensors, its xp.cfg says {setting}={wanted}: they do "
+                "not fit their configuration."
+            )
 
 
 def load_compression_model(
@@ -276,7 +329,7 @@ def load_compression_model(
         return get_debug_compression_model(device)
     if source.startswith("dac_"):
         raise WeightsError(f"The codec {source} is not supported; MusicGen uses EnCodec.")
-    if (Path(source) / "config.json").is_file() or source.startswith("facebook/encodec"):
+    if (Path(source) / "config.json").is_file() or re.fullmatch(_RELEASED_CODEC, source):
         return _load_hf_encodec(source, device, cache_dir)
     path = find_file(source, CODEC_FILE, cache_dir)
     checkpoint = read_checkpoint(path)
@@ -312,11 +365,18 @@ def load_models(source: str | Path, device: torch.device | str) -> tuple[LMModel
     """Language model and codec of a release, fitted to each other.
 
     Args:
-        source: release folder, hub id, or the language model's file in a release folder.
+        source: release folder, hub id, or the language model's file: with the codec beside it, or
+            else with the name of a released codec in its configuration.
         device: where they will run.
     """
     lm = load_lm_model(source, device)
     assert lm.cfg is not None, "load_lm_model always sets it"
-    beside = Path(source).parent if Path(source).is_file() else source
+    beside: str | Path = source
+    if Path(source).is_file():
+        beside = Path(source).parent
+        named = str(lm.cfg.get("compression_model_checkpoint", "")).removeprefix("//pretrained/")
+        alone = not any((beside / (CODEC_FILE + suffix)).is_file() for suffix in _SUFFIXES)
+        if alone and re.fullmatch(_RELEASED_CODEC, named):
+            beside = named
     codec = load_compression_model(beside, device)
     return lm, get_wrapped_compression_model(codec, lm.cfg)

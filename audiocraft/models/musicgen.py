@@ -17,9 +17,8 @@ from audiocraft.generation.sampling import RowNoise, SamplingParams
 from audiocraft.generation.windows import Window, generate_windows, loop_window, plan_windows
 from audiocraft.models.builders import get_debug_compression_model, get_debug_lm_model
 from audiocraft.models.encodec import CompressionModel
+from audiocraft.models.finetunes import load_any
 from audiocraft.models.lm import LMModel
-from audiocraft.models.loaders import load_models
-from audiocraft.models.versions import resolve_source
 from audiocraft.modules.conditioners import ConditioningAttributes, WavCondition
 
 _DEFAULT_CONTEXT = 30.0
@@ -72,8 +71,8 @@ class MusicGen:
         """Load a model.
 
         Args:
-            name: version (`small`, `stereo-melody`, ..., `tiny`), hub id, release folder, or
-                `debug` for a small random model.
+            name: version (`small`, `stereo-melody`, ..., `tiny`), hub id, release folder, file of
+                fine-tuned weights, or `debug` for a small random model.
             device: where it will run; the GPU if there is one.
 
         Raises:
@@ -85,7 +84,7 @@ class MusicGen:
         if name == "debug":
             lm, codec = get_debug_lm_model(device), get_debug_compression_model(device)
         else:
-            lm, codec = load_models(resolve_source(str(name)), device)
+            lm, codec = load_any(str(name), device)
         return MusicGen(str(name), codec, lm)
 
     @property

@@ -14,12 +14,14 @@ class Version:
         source: hub id, or the folder of a bundled version.
         melody: whether it follows a melody.
         stereo: whether it makes stereo.
+        context: most seconds that it hears at once.
     """
 
     name: str
     source: str
     melody: bool
     stereo: bool
+    context: float = 30.0
 
 
 def _release(name: str) -> Version:

@@ -93,11 +93,13 @@ class T5Conditioner(nn.Module):
         super().__init__()
         self.output_proj = nn.Linear(dim, output_dim)
         self._source = source
-        self._encoder: tuple[Any, Any] | None = None
+        # A tuple, so that nn.Module does not take T5 for one of its own children.
+        self.loaded: tuple[Any, Any] | None = None
+        """Tokenizer and encoder, once they are."""
 
     def load(self) -> tuple[Any, Any]:
         """The tokenizer and the encoder on the projection's device, from disk the first time."""
-        if self._encoder is None:
+        if self.loaded is None:
             from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
             folder = self._source()
@@ -119,9 +121,8 @@ class T5Conditioner(nn.Module):
                     f"The text encoder's tokenizer has {len(tokenizer)} tokens, the encoder only "
                     f"{model.config.vocab_size}; take both from the same release."
                 )
-            # A tuple, so that nn.Module does not take T5 for one of its own children.
-            self._encoder = (tokenizer, model.eval().requires_grad_(requires_grad=False))
-        tokenizer, model = self._encoder
+            self.loaded = (tokenizer, model.eval().requires_grad_(requires_grad=False))
+        tokenizer, model = self.loaded
         return tokenizer, model.to(self.output_proj.weight.device)
 
     def tokenize(self, texts: Sequence[str | None]) -> dict[str, Tensor]:
@@ -182,7 +183,14 @@ class ChromaStemConditioner(nn.Module):
         )
         self.chroma_len = self.chroma.num_frames(int(duration * sample_rate))
         self._load_separator = separator
-        self._separator: tuple[StemSeparator] | None = None
+        # A tuple, so that nn.Module does not take the separator's weights for its own.
+        self.loaded: tuple[StemSeparator] | None = None
+        """The separator, once it is."""
+
+    @property
+    def separates(self) -> bool:
+        """Whether stems are separated, or the whole mix is heard."""
+        return self._load_separator is not None
 
     def tokenize(self, wavs: Sequence[WavCondition]) -> WavCondition:
         """One batch of mono clips, padded with zeros to the longest."""
@@ -204,10 +212,9 @@ class ChromaStemConditioner(nn.Module):
         """
         if self._load_separator is None:
             return convert_audio(wav, sample_rate, self.sample_rate, 1)
-        if self._separator is None or self._separator[0].device != wav.device:
-            # A tuple, so that nn.Module does not take the separator's weights for its own.
-            self._separator = (self._load_separator(wav.device),)
-        separator = self._separator[0]
+        if self.loaded is None or self.loaded[0].device != wav.device:
+            self.loaded = (self._load_separator(wav.device),)
+        separator = self.loaded[0]
         melody = separator.mix(wav, sample_rate, self.stems)
         return convert_audio(melody, separator.sample_rate, self.sample_rate, 1)
 

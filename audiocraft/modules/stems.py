@@ -7,7 +7,7 @@ that the metadata names, or unpickle a download; here the class stands on an all
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,10 @@ class StemSeparator:
         self.sample_rate: int = self._bag.samplerate
         self.channels: int = self._bag.audio_channels
         self.sources: list[str] = list(self._bag.sources)
+
+    def parameters(self) -> Iterator[Tensor]:
+        """The weights."""
+        yield from self._bag.parameters()
 
     @torch.no_grad()
     def separate(self, wav: Tensor, sample_rate: int) -> Tensor:

@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,7 @@ def test_released_versions_have_the_published_shape(name):
     assert sum(value.numel() for value in state.values()) == golden["n_params_total"]
     assert VERSIONS[name].source == golden["hf_repo"]
     assert VERSIONS[name].melody == model.condition_provider.has_wav_condition
+    assert VERSIONS[name].context == cfg.dataset.segment_duration
     assert VERSIONS[name].stereo == cfg.interleave_stereo_codebooks.use
     if VERSIONS[name].melody:
         conditioner = model.condition_provider.conditioners["self_wav"]
@@ -180,7 +182,8 @@ def test_training_checkpoints_and_older_fine_tunes(release):
     assert same(load_lm_model(folder), state)
     torch.save({"xp.cfg": cfg, "model": state}, folder / "state_dict.bin")
     assert same(load_lm_model(folder), state)
-    renamed = {key.replace("_attn.", "_attn.mha."): value for key, value in state.items()}
+    deeper = re.compile("(attn|attention)[.]")
+    renamed = {deeper.sub(r"\1.mha.", key): value for key, value in state.items()}
     torch.save({"xp.cfg": cfg, "best_state": renamed}, folder / "state_dict.bin")
     assert same(load_lm_model(folder), state)
 
@@ -285,6 +288,10 @@ def test_weights_that_do_not_fit_are_refused(release):
     cfg.transformer_lm.positional_embedding = "rope"
     torch.save({**exported, "xp.cfg": OmegaConf.to_yaml(cfg)}, folder / "a.bin")
     with pytest.raises(WeightsError, match=r"positional_embedding=rope, only sin is supported"):
+        load_lm_model(folder / "a.bin")
+    cfg.transformer_lm.num_layers = 10**9  # must not be built
+    torch.save({**exported, "xp.cfg": OmegaConf.to_yaml(cfg)}, folder / "a.bin")
+    with pytest.raises(WeightsError, match=r"holds \d+ tensors, its xp\.cfg says num_layers=10"):
         load_lm_model(folder / "a.bin")
     torch.save({"best_state": exported["best_state"]}, folder / "a.bin")
     with pytest.raises(WeightsError, match=r"a\.bin has no xp\.cfg"):
