@@ -1,17 +1,20 @@
-"""Inputs from the command line: `name=value` texts to the JSON values that the schema asks for."""
+"""Inputs from the command line: texts to the JSON values that the schema asks for."""
 
 import difflib
 import json
 import math
+import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from audiocraft.errors import InputError
 from audiocraft.serving.interface import Json
 
 _INT64: Final = (-(2**63), 2**63 - 1)
+_FLOAT: Final = (-sys.float_info.max, sys.float_info.max)
 _URL: Final = re.compile(r"(https?://|data:)", re.IGNORECASE)
 _TYPE_WORDS: Final = {
     "integer": "a whole number",
@@ -45,7 +48,7 @@ def parse_inputs(pairs: Sequence[str], schema: Json) -> Json:
         if not equals:
             problems.append(f"-i takes name=value, but {pair!r} has no '='.")
         elif name in inputs and not is_list:
-            problems.append(f"{name} is given more than once; give it once.")
+            problems.append(_twice(name))
         else:
             try:
                 value = _coerce(name, text, prop)
@@ -53,12 +56,50 @@ def parse_inputs(pairs: Sequence[str], schema: Json) -> Json:
                 problems.append(str(error))
             else:
                 inputs[name] = [*inputs.get(name, []), *value] if is_list else value
-    # Names whose value could not be read must not be reported as missing on top.
-    if not problems:
-        problems = check_inputs(inputs, schema)
-    if problems:
-        raise InputError("\n".join(problems))
-    return inputs
+    return _checked(inputs, schema, problems)
+
+
+def parse_json(source: str, schema: Json) -> Json:
+    """Reads inputs from a JSON object, checks them and returns the request's input.
+
+    A text `@path` stands for a file and becomes its absolute path, in lists too.
+
+    Args:
+        source: as given after `--json`: the object itself, `@` and the path of a file that holds
+            it, or `-` or `@-` for standard input.
+        schema: from `audiocraft.serving.schema.input_schema`.
+
+    Raises:
+        InputError: one sentence for each thing that is wrong.
+    """
+    inputs: Json = {}
+    problems: list[str] = []
+    for name, value in _json_pairs(source):
+        prop = schema["properties"].get(name, {})
+        if name in inputs:
+            problems.append(_twice(name))
+        try:
+            inputs[name] = _resolve(name, value, prop)
+        except InputError as error:
+            problems.append(str(error))
+    return _checked(inputs, schema, problems)
+
+
+def parse_environment(pairs: Sequence[str]) -> dict[str, str]:
+    """Reads `NAME=value` pairs as given after each `-e`; of a name given twice the last counts.
+
+    Raises:
+        InputError: a pair is none, or names what cannot be chosen.
+    """
+    environment = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise InputError(f"-e takes NAME=value, but {pair!r} is none.")
+        if name == "PORT":
+            raise InputError("-e cannot set PORT, because the server gets a port that is free.")
+        environment[name] = value
+    return environment
 
 
 def check_inputs(inputs: Json, schema: Json) -> list[str]:
@@ -84,57 +125,151 @@ def check_inputs(inputs: Json, schema: Json) -> list[str]:
     return problems
 
 
+def _checked(inputs: Json, schema: Json, problems: list[str]) -> Json:
+    # Names whose value could not be read must not be reported as missing on top.
+    problems = problems or check_inputs(inputs, schema)
+    if problems:
+        raise InputError("\n".join(problems))
+    return inputs
+
+
+def _twice(name: str) -> str:
+    return f"{name} is given more than once; give it once."
+
+
 def _coerce(name: str, text: str, prop: Json) -> Any:
     """A value of the type that the schema asks for; text that is none stays text."""
     if len(text) > 1 and text.startswith('"') and text.endswith('"'):
         text = text[1:-1]
     kind = prop.get("type")
     if kind == "array":
-        return _json_list(text) or [_coerce(name, text, prop["items"])]
-    if text.startswith("@"):
-        return _file(name, text[1:])
-    if prop.get("format") == "uri" and not _URL.match(text):
-        raise InputError(
-            f"{name} must be a URL, or @ and the path of a file, as in {name}=@{text or 'file'}."
-        )
+        items = _json_list(text)
+        if items is None:
+            return [_coerce(name, text, prop["items"])]
+        return _resolve(name, items, prop)
     if kind == "boolean":
         return {"true": True, "false": False}.get(text, text)
-    return _number(text, kind) if kind in ("integer", "number") else text
+    return _number(text, kind) if kind in ("integer", "number") else _resolve(name, text, prop)
 
 
-def _json_list(text: str) -> list[Any]:
+def _resolve(name: str, value: Any, prop: Json) -> Any:
+    """A JSON value with every `@path` in it replaced by an absolute path.
+
+    Raises:
+        InputError: there is no such file, or a text stands for a file and is neither path nor URL.
+    """
+    if isinstance(value, list):
+        items = prop.get("items", {})
+        return [
+            _resolve(f"{name} (item {number})", item, items)
+            for number, item in enumerate(value, start=1)
+        ]
+    if not isinstance(value, str):
+        return value
+    if value.startswith("@"):
+        return _file(name, value[1:])
+    if prop.get("format") == "uri" and not _URL.match(value):
+        raise InputError(
+            f"{name} must be a URL, or @ and the path of a file, as in "
+            f"{name.partition(' ')[0]}=@{value or 'file'}."
+        )
+    return value
+
+
+def _json_list(text: str) -> list[Any] | None:
     try:
         value = json.loads(text)
-    except ValueError:
-        return []
-    return value if isinstance(value, list) else []
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, list) else None
+
+
+def _json_pairs(source: str) -> list[tuple[str, Any]]:
+    """The members of the JSON object that a source gives, in their order, repeated ones too."""
+    text: str | bytes = source
+    label = "--json"
+    if source in ("-", "@-"):
+        label = "--json: standard input"
+        text = _standard_input()
+    elif source.startswith("@"):
+        path = Path(_file("--json", source[1:]))
+        label = f"--json: {source[1:]!r}"
+        try:
+            text = path.read_bytes()
+        except OSError as error:
+            raise InputError(f"{label} cannot be read: {error.strerror}.") from error
+    members: list[tuple[str, Any]] = []
+
+    def keep(pairs: list[tuple[str, Any]]) -> Json:
+        members[:] = pairs  # objects end from the inside out: the last to end is the whole
+        return dict(pairs)
+
+    try:
+        value = json.loads(text, object_pairs_hook=keep, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{label} is not valid JSON ({error}); give an object, as in "
+            f'--json \'{{"prompt": "piano"}}\', @ and the path of a file that holds one, or -.'
+        ) from error
+    if not isinstance(value, dict):
+        raise InputError(f"{label} must be a JSON object, with the names of inputs as its keys.")
+    return members
+
+
+def _standard_input() -> bytes:
+    try:
+        if sys.stdin is not None:  # as it is where it was closed
+            return sys.stdin.buffer.read()
+        reason = "it is closed"
+    except OSError as error:
+        reason = str(error.strerror)
+    raise InputError(f"--json - reads standard input, which is not possible: {reason}.")
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    """Python would take NaN and Infinity, which no JSON has."""
+    raise ValueError(f"{text} is no number")
 
 
 def _number(text: str, kind: str) -> int | float | str:
     """Digits become an int even for a float input: 64 bits must arrive exactly."""
-    if re.fullmatch(r"[-+]?\d+(\.0+)?", text):
-        return int(text.partition(".")[0])
     try:
+        if re.fullmatch(r"[-+]?\d+(\.0+)?", text):
+            return int(text.partition(".")[0])
         number = float(text)
-    except ValueError:
+    except ValueError:  # more digits than Python reads are no number either
         return text
     return number if kind == "number" and math.isfinite(number) else text
 
 
 def _file(name: str, text: str) -> str:
-    path = Path(text).expanduser().absolute()
-    if path.is_dir():
-        raise InputError(f"{name} must be a file, but {text!r} is a folder.")
-    if not path.is_file():
-        raise InputError(f"{name} must be a file, but there is no {text!r}.")
-    return str(path)
+    """The absolute path of a file that can be read."""
+    try:
+        path = Path(text).expanduser().absolute()
+        if path.is_file():
+            if not os.access(path, os.R_OK):
+                raise InputError(f"{name} must be a file, but {text!r} must not be read.")
+            return str(path)
+        if path.is_dir():
+            problem = f"{text!r} is a folder"
+        elif path.exists():  # a pipe, such as the shell's <(...)
+            problem = f"{text!r} is none that stays on disk; save it first"
+        else:
+            problem = f"there is no {text!r}"
+    except OSError as error:  # too long, or in a folder that is closed to us
+        problem = f"{text!r} cannot be looked up: {error.strerror}"
+    except RuntimeError:  # no such user's home
+        problem = f"{text!r} cannot be looked up"
+    raise InputError(f"{name} must be a file, but {problem}.")
 
 
 def _check_value(name: str, value: Any, prop: Json) -> list[str]:
     kind = prop["type"]
     wanted = None
+    if value is None:
+        return [f"{name} must not be null; leave it out instead."]
     if "enum" in prop:
-        if value not in prop["enum"]:
+        if not _has_type(value, kind) or value not in prop["enum"]:
             wanted = f"one of {', '.join(map(str, prop['enum']))}"
     elif not _has_type(value, kind):
         wanted = _TYPE_WORDS[kind]
@@ -145,18 +280,21 @@ def _check_value(name: str, value: Any, prop: Json) -> list[str]:
             for problem in _check_value(f"{name} (item {number})", item, prop["items"])
         ]
     elif kind in ("integer", "number"):
-        bounds = _INT64 if kind == "integer" else (-math.inf, math.inf)
+        bounds = _INT64 if kind == "integer" else _FLOAT
         if value < prop.get("minimum", bounds[0]):
             wanted = f"at least {prop.get('minimum', bounds[0])}"
         elif value > prop.get("maximum", bounds[1]):
             wanted = f"at most {prop.get('maximum', bounds[1])}"
-    return [] if wanted is None else [f"{name} must be {wanted}, not {value!r}."]
+    shown = repr(value) if isinstance(value, str) else json.dumps(value)
+    return [] if wanted is None else [f"{name} must be {wanted}, not {shown}."]
 
 
 def _has_type(value: Any, kind: str) -> bool:
     if isinstance(value, bool):
         return kind == "boolean"
     if isinstance(value, float):
-        return kind == "number" or (kind == "integer" and value.is_integer())
+        return math.isfinite(value) and (
+            kind == "number" or (kind == "integer" and value.is_integer())
+        )
     types = {"integer": int, "number": int, "string": str, "array": list}
     return kind in types and isinstance(value, types[kind])

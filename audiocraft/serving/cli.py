@@ -1,17 +1,20 @@
 """The command line: what `scripts/predict` runs, as `cog predict` without a container."""
 
 import argparse
+import contextlib
 import json
+import math
+import os
 import signal
 import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final, NoReturn, TextIO
 
 from audiocraft.errors import AudiocraftError, InputError
 from audiocraft.serving import outputs
-from audiocraft.serving.arguments import parse_inputs
+from audiocraft.serving.arguments import parse_environment, parse_inputs, parse_json
 from audiocraft.serving.device import DeviceCheck
 from audiocraft.serving.interface import Json
 from audiocraft.serving.schema import input_schema, write_schema
@@ -45,11 +48,11 @@ def main(arguments: Sequence[str] | None = None, *, project: Path = PROJECT) -> 
     Returns:
         The exit status: 0, 1 after an error, 130 when interrupted.
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):  # every way out stops the server
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for
-            signal.signal(number, signal.default_int_handler)
     given = sys.argv[1:] if arguments is None else arguments
     try:
+        for number in (signal.SIGTERM, signal.SIGHUP):  # every way out stops the server
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for
+                signal.signal(number, signal.default_int_handler)
         if not given or given[0] != "predict":
             raise InputError("The first argument must be the command: predict.")
         _predict(given[1:], project)
@@ -63,22 +66,34 @@ def main(arguments: Sequence[str] | None = None, *, project: Path = PROJECT) -> 
 
 
 def _predict(flags: Sequence[str], project: Path) -> None:
-    document = write_schema(project)
+    try:
+        document = write_schema(project)
+    except OSError as error:
+        raise InputError(f"The schema of {project} cannot be written: {error}.") from error
     schema = input_schema(document)
     arguments = _parser("scripts/predict", schema).parse_args(flags)
-    inputs = parse_inputs(arguments.input, schema)
-    target = outputs.check_target(arguments.output)
+    environment = parse_environment(arguments.env)
+    as_response = arguments.json is not None
+    target = outputs.find_target(arguments.output, as_response=as_response)
+    inputs = (
+        parse_json(arguments.json, schema) if as_response else parse_inputs(arguments.input, schema)
+    )
+    if as_response and not target.has_json_name:
+        _say(f"Warning: -o {str(target.path)!r} will hold JSON, but does not end in .json.")
     with (
         DeviceCheck() as device,
-        CogServer(project, log=_say, setup_timeout=arguments.setup_timeout) as server,
+        CogServer(
+            project,
+            log=_say,
+            setup_timeout=arguments.setup_timeout,
+            environment=environment,
+        ) as server,
     ):
         warning = device.warning()
         if warning is not None:
             _say(warning)
         answer = server.predict(inputs)
-    if answer["status"] != "succeeded":
-        raise AudiocraftError(_failure(answer))
-    _deliver(answer.get("output"), target)
+    _deliver(answer, target)
 
 
 def _parser(program: str, schema: Json) -> _Parser:
@@ -89,7 +104,8 @@ def _parser(program: str, schema: Json) -> _Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
+    inputs = parser.add_mutually_exclusive_group()
+    inputs.add_argument(
         "-i",
         "--input",
         action="append",
@@ -97,22 +113,47 @@ def _parser(program: str, schema: Json) -> _Parser:
         metavar="NAME=VALUE",
         help="an input, as listed below; NAME=@PATH for a file; may be given many times",
     )
+    inputs.add_argument(
+        "--json",
+        metavar="JSON",
+        help="all inputs as one JSON object: the object itself, @PATH of a file that holds it, or "
+        '- for standard input; "@PATH" in it is a file; the whole response then comes as JSON, to '
+        "standard output or -o, with the path of the file that was made, which lies beside it",
+    )
     parser.add_argument(
         "-o",
         "--output",
-        type=lambda text: Path(text.removeprefix("@")).expanduser(),
         metavar="PATH",
         help="where the result goes: a file, with or without its extension, or a folder "
         "(default: output with the extension of the format, here)",
     )
     parser.add_argument(
+        "-e",
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an environment variable of the server, such as COG_WEIGHTS=PATH; may be given many "
+        "times",
+    )
+    parser.add_argument(
         "--setup-timeout",
-        type=float,
+        type=_seconds,
         default=300.0,
         metavar="SECONDS",
         help="how long the model may take to get ready (default: 300)",
     )
     return parser
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"it must be a number of seconds above 0, not {text!r}")
+    return seconds
 
 
 def _describe(schema: Json) -> str:
@@ -145,23 +186,65 @@ def _failure(answer: Json) -> str:
     return plain_message(text)
 
 
-def _deliver(output: object, target: Path) -> None:
-    """Files are written, text is printed, anything else is printed as JSON."""
-    urls = outputs.files_of(output)
-    if output is None:
+def _deliver(answer: Json, target: outputs.Target) -> None:
+    """Files are written, text goes out as it is, anything else as JSON.
+
+    Raises:
+        AudiocraftError: the prediction failed, or its result cannot be written.
+    """
+    succeeded = answer["status"] == "succeeded"
+    output = answer.get("output") if succeeded else None
+    is_list = isinstance(output, list)
+    files = outputs.write_files(outputs.files_of(output), target, number=is_list)
+    for path in files:
+        _say(f"Written output to: {path}")
+    if succeeded and output is None:
         _say("Warning: no output was generated.")
-    elif urls:
-        for path in outputs.write_files(urls, target, number=isinstance(output, list)):
-            _say(f"Written output to: {path}")
-    else:
-        text = output if isinstance(output, str) else json.dumps(output, indent=2)
-        sys.stdout.write(f"{text}\n")
+    if target.as_response:
+        if files:
+            paths = [str(path) for path in files]
+            answer = answer | {"output": paths if is_list else paths[0]}
+        _put(json.dumps(answer, indent=2), target)
+    elif output is not None and not files:
+        _put(output if isinstance(output, str) else json.dumps(output, indent=2), target)
+    if not succeeded:
+        raise AudiocraftError(_failure(answer))
+
+
+def _put(text: str, target: outputs.Target) -> None:
+    """Writes text to where `-o` says, else to standard output."""
+    if target.named:
+        outputs.write_file(target.path, f"{text}\n".encode())
+        _say(f"Written output to: {target.path}")
+        return
+    if sys.stdout is None:  # as it is where it was closed
+        raise InputError("Standard output is closed; name a file with -o.")
+    try:
+        _write(sys.stdout, text)
+    except OSError as error:
+        raise InputError(f"Standard output cannot be written: {error}.") from error
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
+    # Nobody may be there to listen, as in `2>&1 | head`; the music is still to be made.
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            _write(sys.stderr, text)
+
+
+def _write(stream: TextIO, text: str) -> None:
+    try:
+        stream.write(f"{text}\n")
+        stream.flush()
+    except OSError:
+        # What is left in its buffer would fail once more at the end of the process.
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
+        raise
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_status = main()
+    for interrupt in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(interrupt, signal.SIG_IGN)  # nothing is left to stop
+    sys.exit(exit_status)

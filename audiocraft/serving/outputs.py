@@ -5,7 +5,9 @@ import binascii
 import mimetypes
 import os
 import re
+import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -24,26 +26,73 @@ _EXTENSIONS: Final = {
 _DATA_URL: Final = re.compile(r"data:([^;,]*)(?:;[^;,]*)*;base64,")
 
 
-def check_target(target: Path | None, *, stem: str = "output") -> Path:
-    """The path that a result will be written to, but for an extension that is still open.
+@dataclass(frozen=True)
+class Target:
+    """Where a result goes.
+
+    Attributes:
+        path: of `-o`, or its stand-in: the file, its extension still open where it has none.
+        named: whether `-o` was given; what is no file is printed otherwise.
+        as_response: whether the whole response is the result, as `--json` asks for; its files
+            then lie beside `path`, without its `.json`.
+    """
+
+    path: Path
+    named: bool
+    as_response: bool = False
+
+    @property
+    def has_json_name(self) -> bool:
+        """Whether the name is one that a file of JSON should have."""
+        return self.path.suffix == ".json"
+
+    def file(self, extension: str, order: str = "") -> Path:
+        """The path of one file of the result.
+
+        Args:
+            extension: that belongs to its content, with the dot.
+            order: its place in a list, such as `.0`.
+        """
+        if not self.as_response:
+            return self.path.with_name(f"{self.path.stem}{order}{self.path.suffix or extension}")
+        stem = self.path.stem if self.has_json_name else self.path.name
+        # Never the name of the response itself.
+        return self.path.with_name(f"{stem}{order}{extension or '.bin'}")
+
+
+def find_target(text: str | None, *, as_response: bool = False, stem: str = "output") -> Target:
+    """The place that a result will be written to.
 
     Args:
-        target: path from `-o`: a file, a file without its extension, or a folder; None for `stem`
-            in the working folder.
+        text: from `-o`: a file, a file without its extension, or a folder; a leading `@` is
+            dropped. None for `stem` in the working folder.
+        as_response: see `Target`.
         stem: name of the file where only a folder is known.
 
     Raises:
         InputError: nothing can be written there, said before anything is computed.
     """
-    path = Path(stem) if target is None else target
-    if path.is_dir():
-        path /= stem
-    folder = path.parent
-    if not folder.is_dir():
-        raise InputError(f"-o: there is no folder {str(folder)!r} to write {path.name!r} into.")
-    if not os.access(path if path.exists() else folder, os.W_OK):
-        raise InputError(f"-o: {str(path)!r} must not be written to; choose another path.")
-    return path
+    text = (text or "").removeprefix("@")
+    default = f"{stem}.json" if as_response else stem
+    try:
+        path = Path(text).expanduser() if text else Path(default)
+        if text and path.is_dir():
+            path /= default
+        elif text.endswith("/"):
+            raise InputError(f"-o: there is no folder {text!r}.")
+        target = Target(path, named=bool(text), as_response=as_response)
+        folder = path.parent
+        if not folder.is_dir():
+            raise InputError(f"-o: there is no folder {str(folder)!r} to write {path.name!r} into.")
+        files = {target.file(extension) for extension in _EXTENSIONS.values()}
+        for file in sorted({path, *files} if target.named else files):
+            if file.is_dir():
+                raise InputError(f"-o: {str(file)!r} is a folder; choose another path.")
+            if not os.access(file if file.exists() else folder, os.W_OK):
+                raise InputError(f"-o: {str(file)!r} must not be written to; choose another path.")
+    except (OSError, RuntimeError) as error:  # too long, forbidden, no such user's home
+        raise InputError(f"-o: {text!r} cannot be used: {error}.") from error
+    return target
 
 
 def files_of(output: object) -> list[str]:
@@ -53,12 +102,12 @@ def files_of(output: object) -> list[str]:
     return urls if len(urls) == len(items) else []
 
 
-def write_files(urls: Sequence[str], path: Path, *, number: bool) -> list[Path]:
+def write_files(urls: Sequence[str], target: Target, *, number: bool) -> list[Path]:
     """Writes the content of data URLs.
 
     Args:
         urls: as `files_of` gives them.
-        path: from `check_target`; the extension of the content is added where it has none.
+        target: from `find_target`; the extension of the content is added where it has none.
         number: whether the output is a list: `take.wav` then becomes `take.0.wav`.
 
     Raises:
@@ -68,15 +117,35 @@ def write_files(urls: Sequence[str], path: Path, *, number: bool) -> list[Path]:
     for index, url in enumerate(urls):
         match = _DATA_URL.match(url)
         assert match is not None
-        extension = path.suffix or _EXTENSIONS.get(match[1]) or mimetypes.guess_extension(match[1])
-        order = f".{index}" if number else ""
-        file = path.with_name(f"{path.stem}{order}{extension or ''}")
+        extension = _EXTENSIONS.get(match[1]) or mimetypes.guess_extension(match[1]) or ""
+        file = target.file(extension, f".{index}" if number else "")
         try:
             content = base64.b64decode(url[match.end() :], validate=True)
-            file.write_bytes(content)
-        except (OSError, binascii.Error) as error:
-            if file.is_file():  # half a file is worse than none
-                file.unlink()
-            raise InputError(f"{str(file)!r} cannot be written: {error}.") from error
+        except binascii.Error as error:
+            raise InputError(f"The content of {str(file)!r} did not arrive: {error}.") from error
+        write_file(file, content)
         written.append(file)
     return written
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a file that is whole from the moment at which it is there under its name.
+
+    Raises:
+        InputError: it cannot be written; what was there before is as it was.
+    """
+    try:
+        # A pipe or a device, and a file in a folder that takes no other, can only be written into.
+        if path.exists() and not (path.is_file() and os.access(path.parent, os.W_OK)):
+            path.write_bytes(content)
+            return
+        final = path.resolve()
+        partial = final.with_name(f".musicgen-{secrets.token_hex(8)}")
+        try:
+            with partial.open("xb") as file:
+                file.write(content)
+            partial.replace(final)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{str(path)!r} cannot be written: {error}.") from error

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -25,6 +25,8 @@ from audiocraft.serving.interface import Json
 _HOST: Final = "127.0.0.1"
 _POLL_SECONDS: Final = 0.05
 _STOP_SECONDS: Final = 2.0
+_INTERRUPTS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_URL: Final = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 # What the model prints reaches the server's stderr only at level info, and only under these names.
 _LOG_FILTER: Final = "warn,coglet::setup=info,coglet::prediction=info,coglet::user=info"
 # Waits for the end of its input, which comes with the end of this process, and cleans up for it.
@@ -40,6 +42,27 @@ _WRAPPING: Final = re.compile(
     rf"(({_OWN_ERRORS}): )?",
     re.IGNORECASE,
 )
+
+
+@contextlib.contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Lets Ctrl-C and its like wait for the end of a block that must not be left half done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # their handlers run in the main thread only
+        return
+    came: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in _INTERRUPTS}
+    # What is ignored stays so; a handler that is not Python's could not be put back.
+    deferred = [number for number in _INTERRUPTS if handlers[number] not in (signal.SIG_IGN, None)]
+    try:
+        for number in deferred:
+            signal.signal(number, lambda number, _: came.append(number))
+        yield
+    finally:
+        for number in deferred:
+            signal.signal(number, handlers[number])
+        if came:
+            signal.raise_signal(came[0])
 
 
 class ServerError(AudiocraftError):
@@ -63,17 +86,28 @@ class CogServer:
         project: folder of `predict.py`; the server's working folder.
         log: takes each line that the model prints, as it comes; called from another thread.
         setup_timeout: seconds that the model's `setup` may take.
+        environment: variables of the server; they win over this process's and over those that
+            are set here.
+
+    Attributes:
+        port: where the server listens, on 127.0.0.1.
     """
 
     def __init__(
-        self, project: Path, *, log: Callable[[str], None], setup_timeout: float = 300.0
+        self,
+        project: Path,
+        *,
+        log: Callable[[str], None],
+        setup_timeout: float = 300.0,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self._project = project
         self._log = log
         self._setup_timeout = setup_timeout
+        self._given = dict(environment or {})
         with socket.socket() as probe:
             probe.bind((_HOST, 0))
-            self._port: int = probe.getsockname()[1]
+            self.port: int = probe.getsockname()[1]
         self._process: subprocess.Popen[str] | None = None
         self._watchdog: subprocess.Popen[bytes] | None = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
@@ -82,25 +116,9 @@ class CogServer:
 
     def __enter__(self) -> Self:
         try:
-            self._scratch = tempfile.TemporaryDirectory(
-                prefix="musicgen-server-", ignore_cleanup_errors=True
-            )
-            self._process = subprocess.Popen(  # noqa: S603 - our own interpreter
-                [sys.executable, "-m", "cog.server.http", "--host", _HOST],
-                cwd=self._project,
-                env=self._environment(self._scratch.name),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                # Its own group, so that its worker and theirs can be ended together, and so that
-                # Ctrl-C in a terminal reaches only us.
-                start_new_session=True,
-            )
-            self._reader.start()
-            self._watch(self._process, self._scratch.name)
-            self._wait_until_ready(self._process)
+            with _interrupts_deferred():
+                process = self._start()
+            self._wait_until_ready(process)
         except BaseException:
             self.stop()
             raise
@@ -148,54 +166,78 @@ class CogServer:
         return parsed
 
     def stop(self) -> None:
-        """Ends the server with every process that it started; does nothing the second time."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        try:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_STOP_SECONDS)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        """Ends the server with every process that it started; does nothing the second time.
+
+        Another Ctrl-C waits until this is done, which takes a few seconds at most.
+        """
+        with _interrupts_deferred():
+            process, self._process = self._process, None
+            if process is not None:
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_STOP_SECONDS)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
             if self._watchdog is not None:
                 self._watchdog.kill()  # before its end of the pipe closes: the group is gone
                 self._watchdog.communicate()
             # The pipe closes with its last writer; what was printed last is worth a moment.
-            self._reader.join(_STOP_SECONDS)
+            if self._reader.ident is not None:
+                self._reader.join(_STOP_SECONDS)
             if self._scratch is not None:
                 self._scratch.cleanup()
 
-    def _watch(self, process: subprocess.Popen[str], scratch: str) -> None:
-        """Sees to it that the group ends even when this process is killed outright."""
-        self._watchdog = subprocess.Popen(  # noqa: S603 - a constant script
-            ["/bin/sh", "-c", _WATCHDOG, "watchdog", str(process.pid), scratch],
-            stdin=subprocess.PIPE,
-            start_new_session=True,
-        )
+    def _start(self) -> subprocess.Popen[str]:
+        try:
+            self._scratch = tempfile.TemporaryDirectory(
+                prefix="musicgen-server-", ignore_cleanup_errors=True
+            )
+            self._process = subprocess.Popen(  # noqa: S603 - our own interpreter
+                [sys.executable, "-m", "cog.server.http", "--host", _HOST],
+                cwd=self._project,
+                env=self._environment(self._scratch.name),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                # Its own group, so that its worker and theirs can be ended together, and so that
+                # Ctrl-C in a terminal reaches only us.
+                start_new_session=True,
+            )
+            self._reader.start()
+            # Sees to it that the group ends even when this process is killed outright.
+            self._watchdog = subprocess.Popen(  # noqa: S603 - a constant script
+                ["/bin/sh", "-c", _WATCHDOG, "sh", str(self._process.pid), self._scratch.name],
+                stdin=subprocess.PIPE,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise ServerError(f"The server cannot be started: {error}.") from error
+        return self._process
 
     def _environment(self, scratch: str) -> dict[str, str]:
-        environment = dict(os.environ)
+        inherited = dict(os.environ)
         # The worker is started as plain `python`: whatever comes first in PATH.
-        paths = [str(Path(sys.executable).parent), environment.get("PATH", os.defpath)]
-        modules = [str(self._project), environment.get("PYTHONPATH", "")]
-        filters = [_LOG_FILTER, environment.get("RUST_LOG", "")]
-        weights = environment.get("COG_WEIGHTS", "")
-        # A relative path is of the user's folder; the server has another.
-        if "://" not in weights and Path(weights).is_file():
-            environment["COG_WEIGHTS"] = str(Path(weights).absolute())
-        return environment | {
+        paths = [str(Path(sys.executable).parent), inherited.get("PATH", os.defpath)]
+        modules = [str(self._project), inherited.get("PYTHONPATH", "")]
+        filters = [_LOG_FILTER, inherited.get("RUST_LOG", "")]
+        own = {
             "PATH": os.pathsep.join(paths),
             "PYTHONPATH": os.pathsep.join(filter(None, modules)),
-            "PORT": str(self._port),
             "TMPDIR": scratch,  # the server keeps its last result until it is asked again
             "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
             "ALLOW_LOCAL_FILES": "1",
             "LOG_FORMAT": "json",
             "RUST_LOG": ",".join(filter(None, filters)),
         }
+        environment = inherited | own | self._given | {"PORT": str(self.port)}
+        weights = environment.get("COG_WEIGHTS", "")
+        # A relative path is of the user's folder; the server has another.
+        if not _URL.match(weights) and Path(weights).is_file():
+            environment["COG_WEIGHTS"] = str(Path(weights).absolute())
+        return environment
 
     def _wait_until_ready(self, process: subprocess.Popen[str]) -> None:
         deadline = time.monotonic() + self._setup_timeout
@@ -220,7 +262,7 @@ class CogServer:
         self, method: str, path: str, body: str | None = None, timeout: float | None = None
     ) -> tuple[int, str]:
         # Not urllib: it would send even this through a proxy.
-        connection = http.client.HTTPConnection(_HOST, self._port, timeout=timeout)
+        connection = http.client.HTTPConnection(_HOST, self.port, timeout=timeout)
         try:
             connection.request(method, path, body, {"Content-Type": "application/json"})
             response = connection.getresponse()

@@ -2,6 +2,7 @@
 
 import base64
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 
 from audiocraft.errors import InputError
 from audiocraft.serving import cli, outputs
-from audiocraft.serving.arguments import check_inputs, parse_inputs
+from audiocraft.serving.arguments import check_inputs, parse_environment, parse_inputs
 from audiocraft.serving.device import DeviceCheck, device_warning
+from audiocraft.serving.server import plain_message
 
 SCHEMA: dict[str, Any] = {
     "properties": {
@@ -23,6 +25,7 @@ SCHEMA: dict[str, Any] = {
         "continuation": {"type": "boolean", "default": False, "description": "Go on."},
         "format": {"type": "string", "enum": ["wav", "mp3"], "description": "Which file."},
         "tags": {"type": "array", "items": {"type": "string"}, "description": "Words."},
+        "seed": {"type": "integer", "description": "Which take."},
         "numbers": {"type": "array", "items": {"type": "integer"}, "description": "Numbers."},
         "clips": {
             "type": "array",
@@ -64,6 +67,8 @@ SCHEMA: dict[str, Any] = {
         ("tags=one", ["one"]),
         ('tags=["one", "two"]', ["one", "two"]),
         ("numbers=[1, 2]", [1, 2]),
+        ("tags=[]", []),
+        ("seed=9223372036854775807", 9223372036854775807),
     ],
 )
 def test_values_get_the_type_of_the_schema(pair: str, value: object) -> None:
@@ -87,6 +92,8 @@ def test_files_become_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert parse_inputs([text], SCHEMA) == {"audio": str(song)}
     assert parse_inputs(["prompt=@my song.wav"], SCHEMA) == {"prompt": str(song)}
     assert parse_inputs(["clips=@my song.wav"], SCHEMA) == {"clips": [str(song)]}
+    listed = 'clips=["@my song.wav", "https://example.org/a.wav"]'
+    assert parse_inputs([listed], SCHEMA) == {"clips": [str(song), "https://example.org/a.wav"]}
 
 
 @pytest.mark.parametrize(
@@ -102,6 +109,15 @@ def test_files_become_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("duration=8.5", "duration must be a whole number, not '8.5'."),
         ("duration=", "duration must be a whole number, not ''."),
         ("duration=1e3", "duration must be a whole number, not '1e3'."),
+        ("duration=@3", "duration must be a whole number, not '@3'."),
+        (
+            f"duration={'9' * 5000}",  # more digits than Python reads
+            f"duration must be a whole number, not '{'9' * 5000}'.",
+        ),
+        (
+            "duration=-9223372036854775809",
+            "duration must be at least -9223372036854775808, not -9223372036854775809.",
+        ),
         (
             "duration=9223372036854775808",
             "duration must be at most 9223372036854775807, not 9223372036854775808.",
@@ -111,12 +127,26 @@ def test_files_become_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("guidance=abc", "guidance must be a number, not 'abc'."),
         ("guidance=nan", "guidance must be a number, not 'nan'."),
         ("guidance=inf", "guidance must be a number, not 'inf'."),
+        ("guidance=1e999", "guidance must be a number, not '1e999'."),
         ("continuation=True", "continuation must be true or false, not 'True'."),
         ("continuation=1", "continuation must be true or false, not '1'."),
         ("format=aac", "format must be one of wav, mp3, not 'aac'."),
         ("numbers=a", "numbers (item 1) must be a whole number, not 'a'."),
         ("audio=@no.wav", "audio must be a file, but there is no 'no.wav'."),
         ("audio=@.", "audio must be a file, but '.' is a folder."),
+        (
+            "audio=@/dev/null",
+            "audio must be a file, but '/dev/null' is none that stays on disk; save it first.",
+        ),
+        (
+            "audio=@~nobody-of-this-name/a.wav",
+            "audio must be a file, but '~nobody-of-this-name/a.wav' cannot be looked up.",
+        ),
+        ('clips=["@no.wav"]', "clips (item 1) must be a file, but there is no 'no.wav'."),
+        (
+            'clips=["song.wav"]',
+            "clips (item 1) must be a URL, or @ and the path of a file, as in clips=@song.wav.",
+        ),
         (
             "audio=song.wav",
             "audio must be a URL, or @ and the path of a file, as in audio=@song.wav.",
@@ -151,6 +181,18 @@ def test_required_inputs() -> None:
     assert parse_inputs(["prompt="], schema) == {"prompt": ""}
 
 
+def test_a_path_too_long_to_look_up() -> None:
+    with pytest.raises(InputError, match=r"^audio must be a file, but .*name too long.*\.$"):
+        parse_inputs([f"audio=@{'a' * 5000}"], SCHEMA)
+
+
+def test_a_file_that_must_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "song.wav").touch()
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may read anything
+    with pytest.raises(InputError, match=r"^audio must be a file, but .* must not be read\.$"):
+        parse_inputs([f"audio=@{tmp_path}/song.wav"], SCHEMA)
+
+
 def test_json_values_are_checked_as_the_server_does() -> None:
     good = {"prompt": "x", "duration": 8.0, "guidance": 3, "continuation": True, "tags": []}
     assert check_inputs(good, SCHEMA) == []
@@ -162,8 +204,24 @@ def test_json_values_are_checked_as_the_server_does() -> None:
         ("continuation", 1),
         ("tags", "one"),
         ("tags", [1]),
+        ("guidance", 10**400),
+        ("guidance", float("nan")),
+        ("format", True),
     ]:
         assert len(check_inputs({name: value}, SCHEMA)) == 1, (name, value)
+
+
+def test_variables_of_the_server() -> None:
+    pairs = ["A=1", "B=x=y", "C=", "A=2"]
+    assert parse_environment(pairs) == {"A": "2", "B": "x=y", "C": ""}
+    for pair, sentence in {
+        "NAME": "-e takes NAME=value, but 'NAME' is none.",
+        "=x": "-e takes NAME=value, but '=x' is none.",
+        "PORT=5000": "-e cannot set PORT, because the server gets a port that is free.",
+    }.items():
+        with pytest.raises(InputError) as caught:
+            parse_environment([pair])
+        assert str(caught.value) == sentence
 
 
 # Naming and writing outputs
@@ -191,7 +249,7 @@ def test_the_type_gives_the_extension(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     urls = outputs.files_of(url(b"sound", kind))
-    (written,) = outputs.write_files(urls, outputs.check_target(None), number=False)
+    (written,) = outputs.write_files(urls, outputs.find_target(None), number=False)
     assert written == Path(name)
     assert written.read_bytes() == b"sound"
 
@@ -199,38 +257,57 @@ def test_the_type_gives_the_extension(
 @pytest.mark.parametrize(
     ("given", "one", "two"),
     [
+        (None, "output.wav", ["output.0.wav", "output.1.wav"]),
+        ("", "output.wav", ["output.0.wav", "output.1.wav"]),
         ("take", "take.wav", ["take.0.wav", "take.1.wav"]),
+        ("@take", "take.wav", ["take.0.wav", "take.1.wav"]),
+        ("~/take", "take.wav", ["take.0.wav", "take.1.wav"]),
         ("take.flac", "take.flac", ["take.0.flac", "take.1.flac"]),
         ("folder", "folder/output.wav", ["folder/output.0.wav", "folder/output.1.wav"]),
+        ("folder/", "folder/output.wav", ["folder/output.0.wav", "folder/output.1.wav"]),
         ("folder/take", "folder/take.wav", ["folder/take.0.wav", "folder/take.1.wav"]),
     ],
 )
-def test_where_outputs_go(given: str, one: str, two: list[str], tmp_path: Path) -> None:
+def test_where_outputs_go(
+    given: str | None, one: str, two: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "folder").mkdir()
-    target = outputs.check_target(tmp_path / given)
+    (tmp_path / "output").mkdir()  # is in nobody's way
+    target = outputs.find_target(given)
     sound = url(b"sound", "audio/wav")
-    assert outputs.write_files([sound], target, number=False) == [tmp_path / one]
-    assert outputs.write_files([sound] * 2, target, number=True) == [tmp_path / n for n in two]
-    assert outputs.write_files([sound], target, number=True) == [tmp_path / two[0]]
+    written = [
+        outputs.write_files([sound], target, number=False),
+        outputs.write_files([sound] * 2, target, number=True),
+        outputs.write_files([sound], target, number=True),
+    ]
+    expected = [[tmp_path / name for name in names] for names in ([one], two, [two[0]])]
+    assert [[path.absolute() for path in paths] for paths in written] == expected
+    assert all(path.read_bytes() == b"sound" for paths in written for path in paths)
 
 
-def test_targets_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match=r"^-o: there is no folder '.*/no' to write 'x'"):
-        outputs.check_target(tmp_path / "no" / "x")
-    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
-    with pytest.raises(InputError, match=r"^-o: '.*/x' must not be written to"):
-        outputs.check_target(tmp_path / "x")
-
-
-def test_half_a_file_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write_half(path: Path, content: bytes) -> int:
-        path.open("wb").write(content[:2])
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", write_half)
-    with pytest.raises(InputError, match=r"cannot be written: .*No space left"):
-        outputs.write_files([url(b"sound", "audio/wav")], tmp_path / "x", number=False)
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ("no/x", "-o: there is no folder 'no' to write 'x' into."),
+        ("no/", "-o: there is no folder 'no/'."),
+        ("take", "-o: 'take.wav' is a folder; choose another path."),
+        ("take.wav", "-o: 'take.wav/output.mp3' must not be written to; choose another path."),
+        ("x" * 300, "-o: .* cannot be used: .*File name too long"),
+        ("~nobody-of-this-name/x", "-o: .* cannot be used: Could not determine home"),
+    ],
+)
+def test_targets_that_cannot_be_written(
+    given: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "take.wav").mkdir()
+    (tmp_path / "take.wav" / "output.mp3").touch()
+    # Root may write anywhere.
+    monkeypatch.setattr(os, "access", lambda path, _: "output.mp3" not in str(path))
+    with pytest.raises(InputError, match=f"^{sentence}"):
+        outputs.find_target(given)
 
 
 def test_what_is_a_file() -> None:
@@ -254,6 +331,8 @@ def test_help_lists_the_inputs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "input_audio (file) A recording" in text
     assert "output_format (wav, mp3, flac, ogg; default wav)" in text
     assert "continuation (true or false; default false)" in text
+    for flag in ("-i", "NAME=@PATH", "--json JSON", "-o PATH", "-e NAME=VALUE", "--setup-timeout"):
+        assert flag in text
 
 
 @pytest.mark.parametrize(
@@ -264,6 +343,16 @@ def test_help_lists_the_inputs(capsys: pytest.CaptureFixture[str]) -> None:
         (["predict", "-o", "no-folder/x"], "-o: there is no folder 'no-folder'"),
         (["predict", "-i"], "expected one argument"),
         (["predict", "--bad"], "unrecognized arguments: --bad"),
+        (["predict", "-i", "prompt=x", "--json", "{}"], "not allowed with argument -i/--input"),
+        (["predict", "--json", "{}", "-i", "prompt=x"], "not allowed with argument --json"),
+        (["predict", "--json", '{"tempo": 3}'], "tempo is not an input of this model"),
+        (["predict", "--json"], "expected one argument"),
+        (["predict", "-e", "NAME"], "-e takes NAME=value, but 'NAME' is none."),
+        (["predict", "--setup-timeout", "0"], "number of seconds above 0, not '0'; scripts/"),
+        (["predict", "--setup-timeout", "-1"], "number of seconds above 0, not '-1'"),
+        (["predict", "--setup-timeout", "nan"], "number of seconds above 0, not 'nan'"),
+        (["predict", "--setup-timeout", "inf"], "number of seconds above 0, not 'inf'"),
+        (["predict", "--setup-timeout", "soon"], "number of seconds above 0, not 'soon'"),
         (["predict", "prompt=x"], "unrecognized arguments: prompt=x"),
         (["dance"], "The first argument must be the command"),
         ([], "The first argument must be the command"),
@@ -279,7 +368,37 @@ def test_errors_come_before_the_server(
     assert cli.main(arguments) == 1
     captured = capsys.readouterr()
     assert sentence in captured.err
+    assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+def test_a_schema_that_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(cli, "write_schema", fail)
+    assert cli.main(["predict"]) == 1
+    assert re.fullmatch(
+        r"The schema of .* cannot be written: .*denied\.\n", capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Prediction failed: Prediction failed: InputError: Give a prompt.", "Give a prompt."),
+        ("Prediction failed: Training failed: ValueError: boom", "ValueError: boom"),
+        (
+            "worker setup failed (slot 3c382f69): Setup failed: setup failed: AssetError: No.\n",
+            "No.",
+        ),
+        ("Something else failed: here", "Something else failed: here"),
+    ],
+)
+def test_messages_without_wrapping(text: str, message: str) -> None:
+    assert plain_message(text) == message
 
 
 # A device that torch cannot use

@@ -1,7 +1,7 @@
 """Cog's real server with a small predictor: what arrives, what comes back, and that it ends."""
 
 import base64
-import http.client
+import contextlib
 import json
 import os
 import re
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,15 @@ import pytest
 
 from audiocraft.serving import cli
 from audiocraft.serving.schema import write_schema
-from audiocraft.serving.server import CogServer, ServerError, plain_message
+from audiocraft.serving.server import CogServer, ServerError
+from tests.serving.client import (
+    Served,
+    assert_gone,
+    is_alive,
+    members,
+    start,
+    wait_until,
+)
 
 ROOT = Path(__file__).parents[2]
 PREDICTOR = """
@@ -82,57 +90,20 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-class Served:
-    """A running server and what its model has printed."""
-
-    def __init__(self, server: CogServer, lines: list[str]) -> None:
-        self.server = server
-        self.lines = lines
-
-    def values(self, inputs: dict[str, Any]) -> dict[str, list[str]]:
-        """Type and text of every input, as the predictor saw it."""
-        answer = self.server.predict(inputs)
-        assert answer["status"] == "succeeded", answer
-        values: dict[str, list[str]] = json.loads(
-            base64.b64decode(answer["output"].partition(";base64,")[2])
-        )
-        return {name: value for name, value in values.items() if name in DEFAULTS}
-
-    def request(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.server._port, timeout=20)
-        headers = {"Content-Type": "application/json"}
-        connection.request(method, path, json.dumps(body), headers)
-        response = connection.getresponse()
-        answer = json.loads(response.read())
-        connection.close()
-        return response.status, answer
+def values(served: Served, inputs: dict[str, Any]) -> dict[str, list[str]]:
+    """Type and text of every input, as the predictor saw it."""
+    status, answer = served.predict(inputs)
+    assert (status, answer["status"]) == (200, "succeeded"), answer
+    seen: dict[str, list[str]] = json.loads(
+        base64.b64decode(answer["output"].partition(";base64,")[2])
+    )
+    return {name: value for name, value in seen.items() if name in DEFAULTS}
 
 
 @pytest.fixture(scope="module")
 def served(project: Path) -> Iterator[Served]:
-    write_schema(project)
-    lines: list[str] = []
-    with CogServer(project, log=lines.append, setup_timeout=30) as server:
-        yield Served(server, lines)
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
-
-
-def assert_gone(pids: list[int], seconds: float = 10.0) -> None:
-    wait_until(lambda: not any(map(is_alive, pids)), seconds)
+    with start(project) as running:
+        yield running
 
 
 def processes(text: str) -> list[int]:
@@ -150,7 +121,7 @@ def test_the_server_shows_our_schema(served: Served, project: Path) -> None:
 
 
 def test_inputs_arrive(served: Served, tmp_path: Path) -> None:
-    assert served.values({}) == DEFAULTS
+    assert values(served, {}) == DEFAULTS
     song = str(tmp_path / "söng.wav")
     inputs = {
         "text": "Café, 日本\n",
@@ -164,7 +135,7 @@ def test_inputs_arrive(served: Served, tmp_path: Path) -> None:
         "words": ["a", "b"],
         "files": [song],
     }
-    assert served.values(inputs) == DEFAULTS | {
+    assert values(served, inputs) == DEFAULTS | {
         "text": ["str", "Café, 日本\n"],
         "whole": ["int", "3"],
         "seed": ["int", "9007199254740993"],
@@ -180,13 +151,13 @@ def test_inputs_arrive(served: Served, tmp_path: Path) -> None:
 
 def test_numbers_keep_their_json_type(served: Served) -> None:
     """Why `predict.py` converts: 8.0 passes for an integer and arrives as a float."""
-    assert served.values({"whole": 8.0, "real": 1})["whole"] == ["float", "8.0"]
-    assert served.values({"whole": 8.0, "real": 1})["real"] == ["int", "1"]
-    assert served.values({"seed": -(2**63)})["seed"] == ["int", str(-(2**63))]
+    assert values(served, {"whole": 8.0, "real": 1})["whole"] == ["float", "8.0"]
+    assert values(served, {"whole": 8.0, "real": 1})["real"] == ["int", "1"]
+    assert values(served, {"seed": -(2**63)})["seed"] == ["int", str(-(2**63))]
 
 
 def test_uploaded_files_become_paths(served: Served) -> None:
-    kind, path = served.values({"file": "data:audio/x-wav;base64,UklGRg=="})["file"]
+    kind, path = values(served, {"file": "data:audio/x-wav;base64,UklGRg=="})["file"]
     assert kind == "Path"
     assert path.endswith(".wav")
 
@@ -218,7 +189,7 @@ def test_the_server_validates(served: Served, inputs: dict[str, Any], message: s
 
 
 def test_unknown_inputs_are_dropped(served: Served) -> None:
-    assert served.values({"tempo": 3}) == DEFAULTS
+    assert values(served, {"tempo": 3}) == DEFAULTS
 
 
 def test_metrics_and_logs(served: Served) -> None:
@@ -243,18 +214,36 @@ def test_metrics_and_logs(served: Served) -> None:
 
 
 def test_logs_come_while_the_model_works(served: Served, tmp_path: Path) -> None:
-    del served.lines[:]
     go_on = tmp_path / "go on"
     action = "print('now')\nwhile not os.path.exists(text): time.sleep(0.02)\nprint('later')"
-    body = json.dumps({"input": {"text": str(go_on), "action": action}})
-    connection = http.client.HTTPConnection("127.0.0.1", served.server._port, timeout=20)
-    connection.request("POST", "/predictions", body, {"Content-Type": "application/json"})
-    wait_until(lambda: "now" in served.lines)
+    del served.lines[:]
+    running = served.start_prediction("slow", {"text": str(go_on), "action": action})
+    served.wait_for("^now$")
     assert "later" not in served.lines
+    assert not running.done
     go_on.touch()
-    connection.getresponse().read()
-    connection.close()
-    wait_until(lambda: "later" in served.lines)
+    assert running.answer()[1]["status"] == "succeeded"
+    served.wait_for("^later$")
+
+
+def test_a_busy_server_and_a_cancelled_prediction(served: Served) -> None:
+    del served.lines[:]
+    action = "print('begun')\nwhile True: time.sleep(0.02)"
+    running = served.start_prediction("endless", {"action": action})
+    served.wait_for("^begun$")
+    worker, server = processes("\n".join(served.lines))
+    assert (served.worker_pid, served.server_pid) == (worker, server)
+    assert served.predict({})[0] == 409
+    assert served.cancel("endless")[0] == 200
+    assert running.answer() == (200, running.answer()[1] | {"status": "canceled"})
+    assert served.cancel("endless")[0] == 404
+    assert values(served, {}) == DEFAULTS
+
+
+def test_a_client_that_goes_away(served: Served) -> None:
+    del served.lines[:]
+    served.drop({"action": "print('begun')\nwhile True: time.sleep(0.02)"}, after="^begun$")
+    wait_until(lambda: served.predict({})[0] == 200)
 
 
 # The command on a real server
@@ -281,15 +270,36 @@ def test_from_the_command_line(
     assert captured.out == ""
     assert f"set up in {project}" in captured.err
     assert captured.err.endswith("Written output to: output.json\n")
-    values = json.loads((tmp_path / "output.json").read_text())
-    assert values["seed"] == ["int", "9007199254740993"]
-    assert values["file"] == ["str", str(tmp_path / "my song.wav")]
-    assert values["words"] == ["list", "['a', 'b']"]
-    assert values["weights"] == ["str", str(tmp_path / "tuned.safetensors")]
+    seen = json.loads((tmp_path / "output.json").read_text())
+    assert seen["seed"] == ["int", "9007199254740993"]
+    assert seen["file"] == ["str", str(tmp_path / "my song.wav")]
+    assert seen["words"] == ["list", "['a', 'b']"]
+    assert seen["weights"] == ["str", str(tmp_path / "tuned.safetensors")]
     assert not any(map(is_alive, processes(captured.err)))
-    (folder,) = set(values["folder"])
+    (folder,) = set(seen["folder"])
     assert folder != tempfile.gettempdir()
     assert not Path(folder).exists()
+
+
+def test_variables_of_the_command_line_win(
+    project: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tuned.safetensors").touch()
+    monkeypatch.setenv("COG_WEIGHTS", "other.safetensors")
+    monkeypatch.setenv("AUDIOCRAFT_CACHE_DIR", "/elsewhere")
+    names = ["ALLOW_LOCAL_FILES", "AUDIOCRAFT_CACHE_DIR", "TMPDIR", "EMPTY"]
+    variables = ["ALLOW_LOCAL_FILES=0", "AUDIOCRAFT_CACHE_DIR=/models", f"TMPDIR={tmp_path}"]
+    variables += ["EMPTY=", "COG_WEIGHTS=tuned.safetensors"]
+    flags = [part for variable in variables for part in ("--env", variable)]
+    action = f"action=print([os.environ[name] for name in {names}])"
+    assert run_cli(project, *flags, "-e", "COG_WEIGHTS=tuned.safetensors", "-i", action) == 0
+    assert str(["0", "/models", str(tmp_path), ""]) in capsys.readouterr().err.splitlines()
+    seen = json.loads((tmp_path / "output.json").read_text())
+    assert seen["weights"] == ["str", str(tmp_path / "tuned.safetensors")]
 
 
 @pytest.mark.parametrize(
@@ -351,6 +361,36 @@ def test_setup_failures(
         assert_gone(processes(error), 1.0)
 
 
+@contextlib.contextmanager
+def command(
+    project: Path, folder: Path, *flags: str
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The command in a process of its own, and what it said until the model was ready."""
+    code = (
+        "import signal, sys; from pathlib import Path; from audiocraft.serving import cli; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "sys.exit(cli.main(sys.argv[2:], project=Path(sys.argv[1])))"
+    )
+    arguments = [sys.executable, "-c", code, str(project), "predict", *flags]
+    with subprocess.Popen(arguments, cwd=folder, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        text = ""
+        while "ready" not in text:
+            text += process.stderr.readline()
+        yield process, text
+
+
+def assert_nothing_left(text: str, group: list[int], folder: Path) -> None:
+    assert_gone([*processes(text), *group])
+    scratch = Path(text.partition("folder ")[2].splitlines()[0])
+    wait_until(lambda: not scratch.exists())
+    assert list(folder.iterdir()) == []
+
+
+# The model is busy, has a child, and cannot be interrupted.
+BUSY = "subprocess.Popen(['sleep', '60']); print('ready', flush=True); time.sleep(60)"
+
+
 @pytest.mark.parametrize(
     ("number", "status"),
     [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGHUP, 130), (signal.SIGKILL, -9)],
@@ -358,45 +398,66 @@ def test_setup_failures(
 def test_no_way_out_leaves_processes(
     number: signal.Signals, status: int, project: Path, tmp_path: Path
 ) -> None:
-    code = (
-        "import signal, sys; from pathlib import Path; from audiocraft.serving import cli; "
-        "signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "sys.exit(cli.main(sys.argv[2:], project=Path(sys.argv[1])))"
-    )
-    # The model is busy, has a child, and cannot be interrupted.
-    action = "subprocess.Popen(['sleep', '60']); print('ready', flush=True); time.sleep(60)"
-    command = [sys.executable, "-c", code, str(project), "predict", "-i", f"action={action}"]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        text = ""
-        while "ready" not in text:
-            text += process.stderr.readline()
-        worker, server = processes(text)
-        group = [pid for pid in all_processes() if os.getpgid(pid) == server]
+    with command(project, tmp_path, "-i", f"action={BUSY}") as (process, text):
+        group = members(processes(text)[1])
         assert len(group) == 3
         process.send_signal(number)
         assert process.wait(10) == status
-    assert_gone([worker, *group])
-    folder = Path(text.partition("folder ")[2].splitlines()[0])
-    wait_until(lambda: not folder.exists())
-    assert list(tmp_path.iterdir()) == []
+    assert_nothing_left(text, group, tmp_path)
 
 
-def all_processes() -> list[int]:
-    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nor_does_one_while_the_model_is_set_up(
+    number: signal.Signals, project: Path, tmp_path: Path
+) -> None:
+    setup = "print('folder', tempfile.gettempdir()); "
+    setup += "print('processes', os.getpid(), os.getppid(), flush=True); "
+    with command(project, tmp_path, "-e", f"TEST_SETUP={setup}{BUSY}") as (process, text):
+        group = members(processes(text)[1])
+        assert len(group) == 3
+        process.send_signal(number)
+        assert process.wait(10) == (-9 if number == signal.SIGKILL else 130)
+    assert_nothing_left(text, group, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("Prediction failed: Prediction failed: InputError: Give a prompt.", "Give a prompt."),
-        ("Prediction failed: Training failed: ValueError: boom", "ValueError: boom"),
-        (
-            "worker setup failed (slot 3c382f69): Setup failed: setup failed: AssetError: No.\n",
-            "No.",
-        ),
-        ("Something else failed: here", "Something else failed: here"),
-    ],
-)
-def test_messages_without_wrapping(text: str, message: str) -> None:
-    assert plain_message(text) == message
+def test_nor_does_impatience(project: Path, tmp_path: Path) -> None:
+    """Another Ctrl-C does not interrupt the stop, which a server that hangs makes long."""
+    with command(project, tmp_path, "-i", f"action={BUSY}") as (process, text):
+        server = processes(text)[1]
+        group = members(server)
+        os.kill(server, signal.SIGSTOP)
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+            process.send_signal(number)
+            time.sleep(0.2)
+        assert process.poll() is None
+        assert process.wait(10) == 130
+    assert_nothing_left(text, group, tmp_path)
+
+
+def test_a_result_that_cannot_be_written(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # While the model works, the folder of the result goes.
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    action = "action=import shutil; shutil.rmtree(text)"
+    assert run_cli(project, "-i", action, "-i", f"text={gone}", "-o", f"{gone}/x") == 1
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"'.*/gone/x.json' cannot be written: .*\.", error.splitlines()[-1])
+    assert not any(map(is_alive, processes(error)))
+
+
+def test_stopping_twice(project: Path) -> None:
+    write_schema(project)
+    lines: list[str] = []
+    with CogServer(project, log=lines.append) as server:
+        server.stop()
+        server.stop()
+
+
+def test_a_server_that_cannot_be_started(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ServerError, match=r"^The server cannot be started: .*No such file"),
+        CogServer(tmp_path / "nowhere", log=print),
+    ):
+        pass
