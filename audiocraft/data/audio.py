@@ -3,7 +3,8 @@
 Content decides how a file is read, its name never does. soundfile reads what it reads exactly;
 ffmpeg decodes the rest (m4a, mp4, webm, wma, mp3, ... and the sound of videos) to 32-bit floats, so
 that peaks above full scale survive. A time in seconds is rounded to the nearest sample, and a piece
-of a file equals the same piece of the whole file, in every format.
+of a file equals the same piece of the whole file, in every format. To read a piece takes memory for
+the piece alone, and what ffmpeg decodes of a small file that claims to last for ever is bounded.
 
 A file that was cut off yields what is left where its decoder calls that a success, as those of WAV,
 Ogg, MP3 and WebM do; FLAC and m4a are errors then. Damage inside a file is an error, but in Ogg and
@@ -21,11 +22,11 @@ import struct
 import subprocess
 import tempfile
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import IO, BinaryIO, Final
 
 import numpy as np
 import torch
@@ -40,9 +41,14 @@ logger = logging.getLogger(__name__)
 
 FORMATS: Final = ("wav", "mp3", "flac", "ogg")
 
-# Samples of soundfile, bytes of ffmpeg; a header's promise of more is not allocated before it is
-# read.
-_BLOCK: Final = 1 << 20
+# Samples of all channels that are read at a time; a header's promise of more is not allocated
+# before it is read.
+_BLOCK: Final = 1 << 18
+# Samples of all channels in one result: 4 GiB, 3.4 hours of stereo at 44.1 kHz.
+_MOST_READ: Final = 1 << 30
+# Samples of all channels that ffmpeg is let decode: a day of stereo at 48 kHz, minutes of work.
+_MOST_DECODED: Final = 24 * 3600 * 48000 * 2
+_LATEST: Final = 1e9  # seconds, 32 years
 _AU_HEADER: Final = struct.Struct(">4s5I")  # magic, offset, size, encoding, sample rate, channels
 _UNKNOWN_LENGTH: Final = (1 << 63) - 1  # libsndfile's SF_COUNT_MAX: a FLAC that was streamed
 
@@ -60,6 +66,19 @@ _FFMPEG_PADDING: Final = ("Conversion failed!", "    Last message repeated")
 
 _MP3_RATES: Final = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 _STEREO: Final = 2
+
+
+class AudioEndError(AudioFileError):
+    """A piece was asked for that begins where the file has ended.
+
+    Args:
+        message: for the user.
+        duration: of the file, seconds.
+    """
+
+    def __init__(self, message: str, duration: float) -> None:
+        super().__init__(message)
+        self.duration = duration
 
 
 @dataclass(frozen=True)
@@ -103,7 +122,7 @@ def audio_info(filepath: str | Path) -> AudioFileInfo:
     """Sample rate, duration and channels of a file, as `audio_read` would return them.
 
     What ffmpeg reads is decoded for that (some 500 times faster than it plays): containers state
-    durations that are rounded, estimated or missing.
+    durations that are rounded, estimated or missing. More than a day of stereo is refused.
 
     Args:
         filepath: any file that `audio_read` reads.
@@ -120,12 +139,10 @@ def audio_info(filepath: str | Path) -> AudioFileInfo:
             header.sample_rate, header.frames / header.sample_rate, header.channels
         )
     # Counted and not kept: an hour of compressed sound is gigabytes of samples.
-    head, size = b"", 0
-    for block in _decoded(path, skip_damage=header is not None and header.is_mpeg):
-        head += block[: _AU_HEADER.size - len(head)]
-        size += len(block)
-    _, offset, _, _, sample_rate, channels = _AU_HEADER.unpack(head)
-    frames = (size - offset) // (4 * channels)
+    sample_rate, channels, frames = 0, 0, 0
+    for rate, block in _decoded(path, skip_damage=header is not None and header.is_mpeg):
+        sample_rate, channels = rate, block.shape[1]
+        frames += len(block)
     if not frames:
         raise _no_samples(path)
     return AudioFileInfo(sample_rate, frames / sample_rate, channels)
@@ -149,27 +166,26 @@ def audio_read(
 
     Raises:
         InputError: `seek_time` or `duration` is no usable number.
-        AudioFileError: the file is missing, empty, damaged, no audio, or ends before `seek_time`;
-            or it takes ffmpeg to read it, which is not installed.
+        AudioEndError: the file ends before `seek_time`.
+        AudioFileError: the file is missing, empty, damaged or no audio; the piece takes more than
+            4 GiB; or it takes ffmpeg to read it, which is not installed, or would decode more than
+            a day of stereo.
     """
     if not (math.isfinite(seek_time) and seek_time >= 0):
         raise InputError(f"seek_time is {seek_time}; give 0 or more seconds.")
     if not math.isfinite(duration):
         raise InputError(f"duration is {duration}; give seconds, or -1 to read to the end.")
     path = _existing_file(filepath)
+    # Beyond every file, and no number of samples that an integer or ffmpeg could not hold.
+    seek_time, duration = min(seek_time, _LATEST), min(duration, _LATEST)
     header = _soundfile_header(path)
     if header is not None and header.is_exact:
         sample_rate = header.sample_rate
-        start, stop = _piece(path, header.frames, sample_rate, seek_time, duration)
-        samples = _read_soundfile(path, start, stop)
+        samples = _read_soundfile(path, header, seek_time, duration)
     else:
         samples, sample_rate = _decode(
-            path,
-            end=seek_time + duration if duration > 0 else None,
-            skip_damage=header is not None and header.is_mpeg,
+            path, seek_time, duration, skip_damage=header is not None and header.is_mpeg
         )
-        start, stop = _piece(path, len(samples), sample_rate, seek_time, duration)
-        samples = samples[start:stop]
     if not np.isfinite(samples).all():
         raise AudioFileError(
             f"{path.name} holds samples that are not numbers (NaN or infinite); export it again."
@@ -306,19 +322,27 @@ def _soundfile_header(path: Path) -> _Header | None:
         return None
 
 
-def _read_soundfile(path: Path, start: int, stop: int) -> NDArray[np.float32]:
-    """Samples [start, stop) of a file that libsndfile knows, (T, C)."""
+def _read_soundfile(
+    path: Path, header: _Header, seek_time: float, duration: float
+) -> NDArray[np.float32]:
+    """Samples (T, C) of a piece of a file that libsndfile knows."""
     import soundfile
 
+    start, stop = _span(header.sample_rate, seek_time, duration)
+    _check_start(path, start, header.frames, header.sample_rate, seek_time)
+    missing = (header.frames if stop is None else min(stop, header.frames)) - start
+    if missing * header.channels > _MOST_READ:
+        raise _too_much_to_read(path, header.sample_rate, header.channels)
     blocks = []
-    missing = stop - start
     try:
         with path.open("rb") as file, soundfile.SoundFile(file.fileno(), closefd=False) as sound:
             sound.seek(start)
             while missing:
-                block = sound.read(min(missing, _BLOCK), dtype="float32", always_2d=True)
+                block = sound.read(
+                    min(missing, _block_length(header.channels)), dtype="float32", always_2d=True
+                )
                 if not len(block):
-                    raise _damaged(path, f"{missing / sound.samplerate:.2f} s are missing")
+                    raise _damaged(path, f"{missing / header.sample_rate:.2f} s are missing")
                 blocks.append(block)
                 missing -= len(block)
     except soundfile.LibsndfileError as error:
@@ -327,21 +351,32 @@ def _read_soundfile(path: Path, start: int, stop: int) -> NDArray[np.float32]:
 
 
 def _decode(
-    path: Path, *, end: float | None = None, skip_damage: bool
+    path: Path, seek_time: float, duration: float, *, skip_damage: bool
 ) -> tuple[NDArray[np.float32], int]:
-    """Samples (T, C) and sample rate, Hz, of what `_decoded` gives."""
-    data = bytearray()
-    for block in _decoded(path, end=end, skip_damage=skip_damage):
-        data += block
-    _, offset, _, _, sample_rate, channels = _AU_HEADER.unpack_from(data)
-    samples = np.frombuffer(data, ">f4", offset=offset).reshape(-1, channels)
-    if not len(samples):
-        raise _no_samples(path)
-    return samples.astype(np.float32), sample_rate
+    """Samples (T, C) of a piece, and sample rate, Hz, of what `_decoded` gives."""
+    end = seek_time + duration if duration > 0 else None
+    sample_rate, passed, kept = 1, 0, 0
+    pieces = []
+    with closing(_decoded(path, end=end, skip_damage=skip_damage)) as blocks:
+        for sample_rate, block in blocks:
+            start, stop = _span(sample_rate, seek_time, duration)
+            # What lies before the piece is counted and let go.
+            piece = block[max(0, start - passed) : None if stop is None else max(0, stop - passed)]
+            passed += len(block)
+            kept += piece.size
+            if kept > _MOST_READ:
+                raise _too_much_to_read(path, sample_rate, block.shape[1])
+            if len(piece):
+                pieces.append(piece.astype(np.float32))
+    start, _ = _span(sample_rate, seek_time, duration)
+    _check_start(path, start, passed, sample_rate, seek_time)
+    return np.concatenate(pieces), sample_rate
 
 
-def _decoded(path: Path, *, end: float | None = None, skip_damage: bool) -> Iterator[bytes]:
-    """The first audio stream, decoded by ffmpeg to AU with 32-bit floats, in blocks.
+def _decoded(
+    path: Path, *, end: float | None = None, skip_damage: bool
+) -> Generator[tuple[int, NDArray[np.float32]]]:
+    """The first audio stream, decoded by ffmpeg, in blocks: sample rate, Hz, and samples (T, C).
 
     Always from the start: AAC and MP3 frames need their predecessors, so a decoder that starts in
     the middle gives other samples.
@@ -352,7 +387,8 @@ def _decoded(path: Path, *, end: float | None = None, skip_damage: bool) -> Iter
         skip_damage: whether to go on where something cannot be decoded.
 
     Raises:
-        AudioFileError: behind the last block, where ffmpeg could not read the file.
+        AudioFileError: behind the last block, where ffmpeg could not read the file; or there is no
+            end to it.
     """
     command = [_ffmpeg(path), "-v", "error", "-nostdin", "-format_whitelist", _DEMUXERS]
     command += [] if skip_damage else ["-xerror"]
@@ -370,8 +406,11 @@ def _decoded(path: Path, *, end: float | None = None, skip_damage: bool) -> Iter
         ) as process,
     ):
         assert process.stdout is not None
-        while block := process.stdout.read(_BLOCK):
-            yield block
+        try:
+            yield from _au_blocks(path, process.stdout)
+        except BaseException:  # too long, or no more of it is wanted
+            process.kill()
+            raise
         returncode = process.wait()
         stderr.seek(0)
         messages = stderr.read().decode(errors="replace")
@@ -386,21 +425,47 @@ def _decoded(path: Path, *, end: float | None = None, skip_damage: bool) -> Iter
         logger.warning("%s was read, but its decoder reported: %s", path.name, _reason(messages))
 
 
-def _piece(
-    path: Path, frames: int, sample_rate: int, seek_time: float, duration: float
-) -> tuple[int, int]:
-    """First sample of a piece and the one after its last."""
+def _au_blocks(path: Path, stream: IO[bytes]) -> Generator[tuple[int, NDArray[np.float32]]]:
+    """Sample rate, Hz, and samples (T, C) of an AU file of big-endian 32-bit floats, in blocks."""
+    head = stream.read(_AU_HEADER.size)
+    if len(head) < _AU_HEADER.size:  # ffmpeg failed before it wrote anything
+        return
+    _, offset, _, _, sample_rate, channels = _AU_HEADER.unpack(head)
+    stream.read(offset - _AU_HEADER.size)
+    frame = 4 * channels
+    size = 0
+    while data := stream.read(_block_length(channels) * frame):
+        size += len(data)
+        if size > 4 * _MOST_DECODED:
+            raise AudioFileError(
+                f"{path.name} is longer than {_MOST_DECODED / channels / sample_rate:.6g} s, "
+                f"which is what is decoded at most of {_channels(channels)} at {sample_rate} Hz; "
+                "cut out the part that is needed."
+            )
+        whole = len(data) // frame * channels
+        yield sample_rate, np.frombuffer(data, ">f4", count=whole).reshape(-1, channels)
+
+
+def _block_length(channels: int) -> int:
+    return max(1, _BLOCK // channels)
+
+
+def _span(sample_rate: int, seek_time: float, duration: float) -> tuple[int, int | None]:
+    """First sample of a piece and the one after its last; None is the end of the file."""
+    start = round(seek_time * sample_rate)
+    return start, start + max(1, round(duration * sample_rate)) if duration > 0 else None
+
+
+def _check_start(path: Path, start: int, frames: int, sample_rate: int, seek_time: float) -> None:
+    """Refuse a piece that begins after the end."""
     if not frames:
         raise _no_samples(path)
-    start = round(seek_time * sample_rate)
     if start >= frames:
-        raise AudioFileError(
+        raise AudioEndError(
             f"{path.name} is {frames / sample_rate:.2f} s long, so nothing can be read from "
-            f"{seek_time:g} s on; start earlier."
+            f"{seek_time:g} s on; start earlier.",
+            frames / sample_rate,
         )
-    if duration <= 0:
-        return start, frames
-    return start, min(frames, start + max(1, round(duration * sample_rate)))
 
 
 @contextmanager
@@ -488,6 +553,17 @@ def _not_opened(path: Path, error: OSError | ValueError) -> AudioFileError:
 
 def _no_samples(path: Path) -> AudioFileError:
     return AudioFileError(f"{path.name} holds no audio samples; export it again.")
+
+
+def _too_much_to_read(path: Path, sample_rate: int, channels: int) -> AudioFileError:
+    return AudioFileError(
+        f"{path.name} is longer than {_MOST_READ / channels / sample_rate:.6g} s, which is what "
+        f"is read at once of {_channels(channels)} at {sample_rate} Hz; read or cut out a piece."
+    )
+
+
+def _channels(count: int) -> str:
+    return "1 channel" if count == 1 else f"{count} channels"
 
 
 def _damaged(path: Path, reason: str) -> AudioFileError:

@@ -4,13 +4,24 @@ import math
 import os
 import shutil
 import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from audiocraft.data.audio import AudioFileInfo, audio_info, audio_read, audio_write
+from audiocraft.data import audio
+from audiocraft.data.audio import (
+    AudioEndError,
+    AudioFileInfo,
+    audio_info,
+    audio_read,
+    audio_write,
+)
 from audiocraft.errors import AudioFileError
+from tests.data.odd_files import cut, silent_flac, three_hours
 from tests.data.signals import RATE, SECONDS, convert, ffmpeg, sentence, tones, write_source
 
 # what ffmpeg writes without loss, and the largest error that the format's steps explain
@@ -94,6 +105,21 @@ def test_a_piece_equals_that_piece_of_the_whole(folder, name):
     torch.testing.assert_close(piece, whole[:, start : start + rate // 2], rtol=0, atol=0)
     rest, _ = audio_read(folder / name, seek_time=1.5)
     torch.testing.assert_close(rest, whole[:, 3 * rate // 2 :], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "name", ["24bit.wav", "16bit.flac", "vorbis.ogg", "constant.mp3", "aac.m4a"]
+)
+@pytest.mark.parametrize("block", [1, 1000, 1 << 30])
+def test_a_piece_does_not_depend_on_the_blocks_it_is_read_in(folder, monkeypatch, name, block):
+    whole, rate = audio_read(folder / name)
+    monkeypatch.setattr(audio, "_BLOCK", block)
+    for start, stop in ((0, 1), (0, 501), (499, 501), (500, 1000), (90000, whole.shape[1])):
+        piece, _ = audio_read(folder / name, start / rate, (stop - start) / rate)
+        assert torch.equal(piece, whole[:, start:stop])
+    assert torch.equal(audio_read(folder / name, 90000 / rate)[0], whole[:, 90000:])
+    info = AudioFileInfo(rate, whole.shape[1] / rate, 2)
+    assert audio_info(folder / name) == info
 
 
 @pytest.mark.parametrize(
@@ -205,6 +231,10 @@ def test_end_of_the_file(folder, name):
         f"{name} is {length / RATE:.2f} s long, so nothing can be read from 2.5 s on; start "
         "earlier."
     )
+    with pytest.raises(AudioEndError, match="nothing can be read from 1e\\+09 s on") as caught:
+        audio_read(path, 1e308)
+    assert caught.value.duration == length / RATE
+    assert audio_read(path, 1.5, 1e308)[0].shape == short.shape
 
 
 def test_times_that_are_no_times(folder):
@@ -299,11 +329,6 @@ def test_playlists_do_not_open_other_files(folder, tmp_path, playlist):
     )
 
 
-def cut(path, target, share=0.5):
-    target.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-    return target
-
-
 @pytest.mark.parametrize("name", ["16bit.wav", "constant.mp3", "vorbis.ogg", "opus.webm"])
 def test_cut_off_files_yield_what_is_left(folder, tmp_path, name):
     left, _ = audio_read(cut(folder / name, tmp_path / name))
@@ -331,7 +356,11 @@ def test_a_header_that_promises_too_much(folder, tmp_path):
     content[21] |= 0x0F  # STREAMINFO's 36 bits of length
     (tmp_path / "x.flac").write_bytes(content)
     with pytest.raises(AudioFileError, match=r"^x\.flac is damaged or cut off \("):
-        audio_read(tmp_path / "x.flac")
+        audio_read(tmp_path / "x.flac", duration=600)
+    assert sentence(audio_read, tmp_path / "x.flac") == (
+        "x.flac is longer than 11184.8 s, which is what is read at once of 2 channels at 48000 "
+        "Hz; read or cut out a piece."
+    )
 
 
 def test_mp3_with_an_unknown_tag_is_read_with_a_warning(folder, tmp_path, caplog):
@@ -354,3 +383,92 @@ def test_without_ffmpeg(folder, tmp_path):
         assert sentence(audio_info, folder / name) == f"{name} {remedy}"
     assert sentence(audio_write, tmp_path / "x", tones(), RATE, "ogg") == f"x.ogg {remedy}"
     assert not list(tmp_path.glob("*x*"))
+
+
+# Long files, and small ones that claim to be
+
+
+@pytest.mark.parametrize("name", ["16bit.wav", "aac.m4a"])
+def test_more_than_memory_holds_is_refused(folder, monkeypatch, name):
+    monkeypatch.setattr(audio, "_MOST_READ", 2 * RATE)
+    message = (
+        f"{name} is longer than 1 s, which is what is read at once of 2 channels at {RATE} Hz; "
+        "read or cut out a piece."
+    )
+    assert sentence(audio_read, folder / name) == message
+    assert sentence(audio_read, folder / name, 0.5, 1.01) == message
+    assert audio_read(folder / name, 0.9, 1)[0].shape == (2, RATE)
+    assert audio_info(folder / name).duration > 1.9
+
+
+def running_ffmpegs():
+    """Process ids of the children of this thread."""
+    return Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()
+
+
+def test_what_never_ends_is_not_decoded_for_ever(tmp_path, monkeypatch):
+    bomb = silent_flac(tmp_path / "bomb.flac", 3600)
+    assert bomb.stat().st_size < 50_000
+    assert audio_info(bomb).duration == pytest.approx(3600, abs=2)
+    monkeypatch.setattr(audio, "_MOST_DECODED", 60 * 2 * 48000)
+    message = (
+        "bomb.flac is longer than 60 s, which is what is decoded at most of 2 channels at 48000 "
+        "Hz; cut out the part that is needed."
+    )
+    for arguments in ((audio_info,), (audio_read,), (audio_read, 70, 1)):
+        assert sentence(arguments[0], bomb, *arguments[1:]) == message
+        assert not running_ffmpegs()
+    assert audio_read(bomb, 50, 1)[0].shape == (2, 48000)
+
+
+@pytest.mark.slow
+def test_a_day_of_silence_in_a_megabyte(tmp_path):
+    """Half a minute, with the limit as it is."""
+    bomb = silent_flac(tmp_path / "bomb.flac", 25 * 3600)
+    assert bomb.stat().st_size < 1_300_000
+    message = (
+        "bomb.flac is longer than 86400 s, which is what is decoded at most of 2 channels at 48000 "
+        "Hz; cut out the part that is needed."
+    )
+    assert sentence(audio_info, bomb) == message
+    assert not running_ffmpegs()
+
+
+# Prints by how many MB the most memory rose, and the loudest frequency in Hz of the first channel.
+READ_A_PIECE = """
+import resource, sys
+import soundfile, torch
+from audiocraft.data.audio import audio_read
+
+def most():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+before = most()
+wav, rate = audio_read(sys.argv[1], float(sys.argv[2]), 10)
+rise = most() - before
+spectrum = torch.fft.rfft(wav[0] * torch.hann_window(wav.shape[1])).abs()
+print(rise, spectrum.argmax().item() * rate / wav.shape[1], wav.shape[1] / rate)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "channels", "arguments"),
+    [
+        ("x.wav", 8000, 1, ["-c:a", "pcm_u8"]),
+        pytest.param("x.mp3", 8000, 1, ["-b:a", "8k"], marks=pytest.mark.slow),
+        ("x.m4a", 8000, 1, ["-c:a", "aac"]),
+        pytest.param("x.m4a", 44100, 2, ["-c:a", "aac"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_piece_of_three_hours_takes_the_memory_of_the_piece(
+    tmp_path, name, rate, channels, arguments
+):
+    """All of it are 0.35 or 3.8 GB of samples."""
+    path = three_hours(tmp_path, name, rate, channels, *arguments)
+    for start, frequency in ((10, 440), (3 * 3600 - 20, 660)):
+        command = [sys.executable, "-c", READ_A_PIECE, path, str(start)]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        rise, loudest, seconds = map(float, result.stdout.split())
+        assert rise < 100
+        assert loudest == pytest.approx(frequency, rel=0.01)
+        assert seconds == 10
