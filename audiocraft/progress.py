@@ -15,6 +15,7 @@ class ProgressLog:
         label: stands in front of each line, as in `state_dict.bin: 50 %, ...`.
         scale: how much of what `update` counts makes one unit, such as 1_000_000 bytes for MB.
         start: what was done before this began, and tells nothing about the speed.
+        quiet_s: seconds without a line, for work that mostly ends before.
     """
 
     def __init__(
@@ -24,6 +25,7 @@ class ProgressLog:
         label: str = "",
         scale: int = 1,
         start: int = 0,
+        quiet_s: float = 0.0,
     ) -> None:
         self.done = start
         self._logger = logger
@@ -32,6 +34,7 @@ class ProgressLog:
         self._scale = scale
         self._start = start
         self._tenth = 0
+        self._quiet_s = quiet_s
         self._begin = self._reported = time.perf_counter()
 
     def update(self, done: int, total: int) -> None:
@@ -39,7 +42,8 @@ class ProgressLog:
         self.done = done
         now = time.perf_counter()
         tenth = 10 * done // total
-        if tenth <= self._tenth and now - self._reported < _REPORT_EVERY_S:
+        due = tenth > self._tenth or now - self._reported >= _REPORT_EVERY_S
+        if not due or now - self._begin < self._quiet_s:
             return
         left = (now - self._begin) / max(1, done - self._start) * (total - done)
         self._logger.info(

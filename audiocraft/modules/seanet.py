@@ -3,6 +3,7 @@
 Golden test: `encodec_tiny`.
 """
 
+import logging
 from dataclasses import dataclass
 from math import prod
 
@@ -11,10 +12,14 @@ from torch import Tensor, nn
 
 from audiocraft.modules.conv import PadMode, StreamableConv1d, StreamableConvTranspose1d
 from audiocraft.modules.lstm import StreamableLSTM
+from audiocraft.progress import ProgressLog
+
+logger = logging.getLogger(__name__)
 
 _CHUNK_FRAMES = 500
 # A sample depends on less than 4 frames to either side in the released shape.
 _CONTEXT_FRAMES = 16
+_QUIET_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -156,6 +161,7 @@ class SEANetDecoder(nn.Module):
         hidden = self.model[: self.num_frame_layers](z)
         frames = hidden.shape[-1]
         pieces = []
+        progress = ProgressLog(logger, "frames", "decoding", quiet_s=_QUIET_S)
         for start in range(0, frames, _CHUNK_FRAMES):
             stop = min(start + _CHUNK_FRAMES, frames)
             first = max(0, start - _CONTEXT_FRAMES)
@@ -164,4 +170,5 @@ class SEANetDecoder(nn.Module):
             pieces.append(
                 wav[..., (start - first) * self.hop_length : (stop - first) * self.hop_length]
             )
+            progress.update(stop, frames)
         return torch.cat(pieces, dim=-1)

@@ -7,6 +7,7 @@ that the metadata names, or unpickle a download; here the class stands on an all
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -17,6 +18,11 @@ from torch import Tensor, nn
 
 from audiocraft.assets.tensors import read_safetensors
 from audiocraft.errors import WeightsError
+from audiocraft.progress import ProgressLog
+
+logger = logging.getLogger(__name__)
+
+_QUIET_S = 5.0
 
 
 class StemSeparator:
@@ -54,8 +60,21 @@ class StemSeparator:
         from demucs.audio import convert_audio
 
         mix = convert_audio(wav.float(), sample_rate, self.sample_rate, self.channels)
+        length, models = mix.shape[-1], len(self._bag.models)
+        progress = ProgressLog(
+            logger, "s", "separating stems", self.sample_rate * models, quiet_s=_QUIET_S
+        )
+
+        def report(segment: dict[str, Any]) -> None:
+            # Called before and after each segment; one that begins has all before it done.
+            if segment["state"] == "start":
+                done = segment["model_idx_in_bag"] * length + segment["segment_offset"]
+                progress.update(done, models * length)
+
         # shifts=0: a random shift would make equal requests differ.
-        stems: Tensor = apply_model(self._bag, mix, shifts=0, device=self.device)
+        stems: Tensor = apply_model(
+            self._bag, mix, shifts=0, device=self.device, callback=report, callback_arg={}
+        )
         return stems
 
     def mix(self, wav: Tensor, sample_rate: int, sources: Sequence[str]) -> Tensor:
