@@ -13,10 +13,10 @@ PACKAGE = ROOT / "audiocraft"
 ROOMS = {
     "errors": set(),
     "progress": set(),
-    "assets": {"errors", "progress"},
+    "assets": {"errors", "progress", "__init__"},
     "data": {"errors", "models", "modules", "assets", "data"},
     "quantization": {"errors"},
-    "modules": {"errors", "assets", "data", "modules"},
+    "modules": {"errors", "progress", "assets", "data", "modules"},
     "generation": {"errors", "modules", "generation"},
     "models": {
         "errors",
@@ -29,7 +29,7 @@ ROOMS = {
         "__init__",
     },
     "utils": {"errors", "models", "__init__"},
-    "serving": {"errors", "progress", "assets", "models", "data", "serving", "__init__"},
+    "serving": {"errors", "progress", "assets", "models", "modules", "data", "serving", "__init__"},
     "__init__": set(),
 }
 HEAVY = [

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from audiocraft.assets.store import BUNDLED, fetch, fetch_folder
+from audiocraft.assets.store import BUNDLED, PARTS, fetch, fetch_folder
 from audiocraft.errors import WeightsError
 from audiocraft.models.encodec import (
     CompressionModel,
@@ -30,7 +30,6 @@ from audiocraft.modules.transformer import TransformerConfig
 from audiocraft.quantization.vq import ResidualVectorQuantizer
 
 T5_DIMS = {"t5-small": 512, "t5-base": 768, "t5-large": 1024, "t5-3b": 1024, "t5-11b": 1024}
-_T5_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 # Settings of the official configuration that no release uses otherwise, with what is implemented.
 _LM_SETTINGS = {
@@ -80,12 +79,12 @@ def _t5(cfg: DictConfig, dim: int, folder: Path | None) -> T5Conditioner:
         return T5Conditioner(partial(Path, folder), width, dim)
     if cfg.name not in T5_DIMS:
         raise WeightsError(f"The text encoder {cfg.name} is not one of {', '.join(T5_DIMS)}.")
-    source = partial(fetch_folder, f"google-t5/{cfg.name}", _T5_FILES)
+    source = partial(fetch_folder, f"google-t5/{cfg.name}", PARTS["t5-base"][1])
     return T5Conditioner(source, T5_DIMS[cfg.name], dim)
 
 
 def _htdemucs(device: torch.device) -> StemSeparator:
-    return load_separator(partial(fetch, "adefossez/HTDemucs"), "htdemucs", device)
+    return load_separator(partial(fetch, PARTS["htdemucs"][0]), "htdemucs", device)
 
 
 def _chroma_stem(cfg: DictConfig, dim: int, duration: float) -> ChromaStemConditioner:

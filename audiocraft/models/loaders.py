@@ -24,7 +24,7 @@ from omegaconf.nodes import AnyNode
 from torch import Tensor, nn
 from yaml import YAMLError
 
-from audiocraft.assets.store import fetch, fetch_folder, store_dir
+from audiocraft.assets.store import PARTS, fetch_first, fetch_folder
 from audiocraft.assets.tensors import read_safetensors
 from audiocraft.errors import WeightsError
 from audiocraft.models import hf_encodec
@@ -175,16 +175,13 @@ def find_file(source: str | Path, stem: str, cache_dir: str | Path | None = None
     path = Path(source)
     if path.is_file():
         return path
-    stored = Path(cache_dir or store_dir()) / source
-    for folder in (path, stored):
-        for suffix in _SUFFIXES:
-            if (folder / (stem + suffix)).is_file():
-                return folder / (stem + suffix)
+    names = [stem + suffix for suffix in _SUFFIXES]
     if path.is_dir():
-        raise WeightsError(
-            f"{path} holds neither {stem}.safetensors nor {stem}.bin; give a release folder."
-        )
-    return fetch(str(source), f"{stem}.bin", cache_dir)
+        for name in names:
+            if (path / name).is_file():
+                return path / name
+        raise WeightsError(f"{path} holds neither {' nor '.join(names)}; give a release folder.")
+    return fetch_first(str(source), names, cache_dir)
 
 
 def assign_state(
@@ -192,6 +189,7 @@ def assign_state(
     state: Mapping[str, Tensor],
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
+    name: str = "The file",
 ) -> None:
     """Give a model that was built on the meta device its tensors.
 
@@ -200,6 +198,7 @@ def assign_state(
         state: tensors by name, exactly those of the model; each is copied once.
         device: where they go.
         dtype: of the parameters; floating buffers, such as a window, are float32 always.
+        name: what messages call the weights.
 
     Raises:
         WeightsError: names or shapes differ.
@@ -208,19 +207,19 @@ def assign_state(
     missing, unexpected = sorted(expected.keys() - state), sorted(state.keys() - expected)
     if missing or unexpected:
         raise WeightsError(
-            f"The weights do not fit their configuration: {len(missing)} tensors are missing "
+            f"{name} does not fit its configuration: {len(missing)} tensors are missing "
             f"{missing[:3]} and {len(unexpected)} unexpected {unexpected[:3]}."
         )
-    for name, tensor in expected.items():
-        if tensor.shape != state[name].shape:
+    for key, tensor in expected.items():
+        if tensor.shape != state[key].shape:
             raise WeightsError(
-                f"The weights do not fit their configuration: {name} has the shape "
-                f"{list(state[name].shape)}, {list(tensor.shape)} is expected."
+                f"{name} does not fit its configuration: {key} has the shape "
+                f"{list(state[key].shape)}, {list(tensor.shape)} is expected."
             )
-    parameters = {name for name, _ in model.named_parameters()}
+    parameters = {key for key, _ in model.named_parameters()}
     converted = {
-        name: tensor.to(device, dtype if name in parameters else torch.float32, copy=True)
-        for name, tensor in state.items()
+        key: tensor.to(device, dtype if key in parameters else torch.float32, copy=True)
+        for key, tensor in state.items()
     }
     model.load_state_dict(converted, assign=True)
     model.to(device)  # what the state does not hold: constants
@@ -277,7 +276,7 @@ def build_lm_model(
     with torch.device("meta"):
         model = get_lm_model(checkpoint.cfg, text_encoder)
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
-    assign_state(model, state, device, dtype)
+    assign_state(model, state, device, dtype, checkpoint.name)
     for conditioner in model.condition_provider.conditioners.values():
         if isinstance(conditioner, ChromaStemConditioner):
             # As the official package sets it for generation, see golden test `lm_tiny_melody`.
@@ -343,7 +342,7 @@ def load_compression_model(
         )
     with torch.device("meta"):
         model = get_compression_model(checkpoint.cfg)
-    assign_state(model, checkpoint.state, device)
+    assign_state(model, checkpoint.state, device, name=checkpoint.name)
     return model.eval()
 
 
@@ -352,7 +351,7 @@ def _load_hf_encodec(
 ) -> CompressionModel:
     folder = Path(source)
     if not folder.is_dir():
-        folder = fetch_folder(source, ("config.json", "model.safetensors"), cache_dir)
+        folder = fetch_folder(source, PARTS["encodec_32khz"][1], cache_dir)
     config = json.loads((folder / "config.json").read_text())
     with torch.device("meta"):
         model = hf_encodec.build(config)

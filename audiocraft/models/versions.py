@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from audiocraft.assets.store import BUNDLED
+from audiocraft.assets.store import BUNDLED, RELEASES
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,7 @@ def _release(name: str) -> Version:
     return Version(name, f"facebook/musicgen-{name}", "melody" in name, "stereo" in name)
 
 
-_RELEASED = (
-    "small",
-    "medium",
-    "large",
-    "melody",
-    "melody-large",
-    "stereo-small",
-    "stereo-medium",
-    "stereo-large",
-    "stereo-melody",
-    "stereo-melody-large",
-)
-
-VERSIONS: dict[str, Version] = {name: _release(name) for name in _RELEASED} | {
+VERSIONS: dict[str, Version] = {name: _release(name) for name in RELEASES} | {
     "tiny": Version("tiny", str(BUNDLED / "tiny"), melody=True, stereo=True)
 }
 """Every version by its short name."""

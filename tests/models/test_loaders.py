@@ -303,7 +303,10 @@ def test_a_folder_without_weights_and_an_unknown_id(tmp_path, monkeypatch):
         load_lm_model(tmp_path)
     monkeypatch.setenv("AUDIOCRAFT_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(AssetError, match=r"state_dict.bin of facebook/musicgen-small"):
+    with pytest.raises(
+        AssetError,
+        match=r"state_dict.safetensors or state_dict.bin of facebook/musicgen-small is not in",
+    ):
         load_lm_model("facebook/musicgen-small")
     with pytest.raises(AssetError, match="neither a file, a folder nor a hub id"):
         load_lm_model("/no/such/folder")

@@ -1,0 +1,177 @@
+"""Files that are not whole yet: locked while they are written, and never left half under a name."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+from audiocraft.errors import AssetError
+
+logger = logging.getLogger(__name__)
+
+_POLL_S: Final = 0.1
+
+
+class Part:
+    """A file that is being written, by this process alone.
+
+    Args:
+        path: of the file; whoever makes it whole renames it.
+        file: open for reading and writing, and locked.
+        keep: whether it outlives a failure, with notes beside it about what it is part of.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO, *, keep: bool) -> None:
+        self.path = path
+        self.file = file
+        self._keep = keep
+        self._notes = path.with_name(f"{path.name}.json")
+
+    @property
+    def size(self) -> int:
+        """Bytes so far; writing goes on there."""
+        return self.file.seek(0, os.SEEK_END)
+
+    def reset(self) -> None:
+        """Forget what has come."""
+        self._notes.unlink(missing_ok=True)
+        self.file.seek(0)
+        self.file.truncate()
+
+    def note(self, notes: dict[str, Any]) -> None:
+        """Write down what this is part of, before it begins."""
+        if self._keep:
+            write_json(self._notes, notes)
+
+    def notes(self) -> dict[str, Any]:
+        """What was written down; nothing where an earlier process was killed while it wrote."""
+        return read_json(self._notes)
+
+    def move(self, target: Path) -> None:
+        """Give the whole file its name; it stays locked."""
+        self.file.flush()
+        self.path.replace(target)
+
+    def close(self, *, failed: bool) -> None:
+        """Let go of it; only part of a file that failed, and may be kept, stays."""
+        try:
+            if not (self._keep and failed and self.size > 0):
+                if is_at(self.file, self.path):
+                    self.path.unlink()
+                self._notes.unlink(missing_ok=True)
+        finally:
+            self.file.close()
+
+
+@contextlib.contextmanager
+def open_part(
+    path: Path, what: str, *, keep: bool = False, done: Callable[[], bool] = lambda: False
+) -> Iterator[Part | None]:
+    """Hold a part file while other processes wait for it.
+
+    Args:
+        path: of the file.
+        what: is fetched, for the log.
+        keep: whether it stays if the block fails.
+        done: whether another process has made it whole meanwhile: then nothing is held.
+    """
+    part: Part | None = None
+    failed = True
+    try:
+        part = _wait_for(path, what, keep=keep, done=done)
+        # Whoever held it until now may have been the one to make it whole.
+        yield None if done() else part
+        failed = False
+    finally:
+        if part is None and failed:  # it was stopped on its way here, perhaps with the file made
+            part = _try_part(path, keep=keep)
+        if part is not None:
+            part.close(failed=failed)
+
+
+def _wait_for(path: Path, what: str, *, keep: bool, done: Callable[[], bool]) -> Part | None:
+    waiting = False
+    while not done():
+        part = _try_part(path, keep=keep)
+        if part is not None:
+            return part
+        if not waiting:
+            logger.info("Another process is fetching %s; waiting for it.", what)
+        waiting = True
+        time.sleep(_POLL_S)
+    return None
+
+
+def _try_part(path: Path, *, keep: bool) -> Part | None:
+    file = try_lock(path)
+    return None if file is None else Part(path, file, keep=keep)
+
+
+def try_lock(path: Path) -> BinaryIO | None:
+    """Open and lock a file, made if missing; None where another holds it or takes it away."""
+    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if is_at(file, path):
+            return file
+    except BlockingIOError:
+        pass
+    except BaseException:
+        file.close()
+        raise
+    file.close()
+    return None
+
+
+def is_at(file: BinaryIO, path: Path) -> bool:
+    """Whether an open file still bears its name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A dictionary from a small file; empty where there is none or it is broken."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a small file in one step."""
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        new.write_text(json.dumps(value))
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(what: str, folder: Path) -> Iterator[None]:
+    """Make a folder, and turn errors of its disk into sentences.
+
+    Raises:
+        AssetError: the disk is full, or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise AssetError(
+                f"{what} does not fit on the disk of {folder}; free some of it."
+            ) from error
+        raise AssetError(
+            f"{what} cannot be kept in {folder} ({error.strerror or error}); make it writable, or "
+            "set AUDIOCRAFT_CACHE_DIR to another folder."
+        ) from error
