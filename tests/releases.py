@@ -8,6 +8,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from audiocraft.models.builders import get_lm_model
 from audiocraft.models.finetunes import base_sha256, save_finetune
 from audiocraft.models.versions import VERSIONS
 from audiocraft.modules.lora import LoraConfig
@@ -33,7 +34,9 @@ def varied(state: dict[str, Tensor], seed: int, amount: float = 0.5) -> dict[str
     }
 
 
-def stand_in(store: Path, version: str, seed: int, stems: str = "mix") -> Path:
+def stand_in(
+    store: Path, version: str, seed: int, stems: str = "mix", size: tuple[int, int] | None = None
+) -> Path:
     """Puts a small model into a store under a released version's name.
 
     Args:
@@ -41,6 +44,7 @@ def stand_in(store: Path, version: str, seed: int, stems: str = "mix") -> Path:
         version: with its channels and conditions.
         seed: gives it weights of its own.
         stems: what a melody version hears.
+        size: width and layers of a larger, random one.
     """
     kind = (
         "-".join(word for word in ("stereo", "melody") if getattr(VERSIONS[version], word))
@@ -53,7 +57,12 @@ def stand_in(store: Path, version: str, seed: int, stems: str = "mix") -> Path:
     cfg = OmegaConf.create(package["xp.cfg"])
     if VERSIONS[version].melody:
         cfg.conditioners.self_wav.chroma_stem.stems = stems
-    package |= {"best_state": varied(package["best_state"], seed), "xp.cfg": OmegaConf.to_yaml(cfg)}
+    state = varied(package["best_state"], seed)
+    if size is not None:
+        cfg.transformer_lm.dim, cfg.transformer_lm.num_layers = size
+        torch.manual_seed(seed)
+        state = get_lm_model(cfg, folder / "t5").half().state_dict()
+    package |= {"best_state": state, "xp.cfg": OmegaConf.to_yaml(cfg)}
     torch.save(package, folder / "state_dict.bin")
     return folder
 

@@ -3,25 +3,34 @@
 import logging
 import math
 import os
+import re
 import secrets
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
 
-from audiocraft.data.audio import audio_info, audio_read, audio_write
-from audiocraft.errors import AudioFileError, InputError, WeightsError
+from audiocraft.assets.finetunes import FineTuneStore, StoredFile
+from audiocraft.data.audio import AudioEndError, audio_info, audio_read, audio_write
+from audiocraft.errors import AudiocraftError, AudioFileError, InputError
+from audiocraft.models.finetunes import FineTune, read_finetune
 from audiocraft.models.musicgen import MusicGen
 from audiocraft.models.versions import VERSIONS
 from audiocraft.progress import ProgressLog
+from audiocraft.serving.models import ModelCache, Selection
 
 logger = logging.getLogger(__name__)
 
 MAX_DURATION = 600
+_URL = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 _SILENCE = 1e-4  # peak below -80 dBFS
+_LOUDEST = 1e3  # +60 dB: integers that were written as floating point, or damage
 _SHORTEST_CONTINUATION_S = 0.1
 # Of a melody the result hears no more than its own length and one context; the rest is margin for
 # the separator's segments. Separating all of a long song takes minutes without a GPU.
@@ -55,8 +64,6 @@ class PredictionRequest:
         Raises:
             InputError: naming the input, the limit and the remedy.
         """
-        if self.replicate_weights:
-            raise InputError("replicate_weights is not supported yet; leave it empty.")
         if self.multi_band_diffusion:
             raise InputError("multi_band_diffusion is not supported yet; leave it off.")
         if self.prompt is None and self.input_audio is None:
@@ -92,15 +99,22 @@ class PredictionRequest:
                 f"continuation_start is {self.continuation_start} s, it must be before "
                 f"continuation_end, {self.clip_end} s."
             )
-        if (
-            self.input_audio is not None
-            and not self.continuation
-            and not VERSIONS[self.model_version].melody
-        ):
+
+    def check_for(self, selection: Selection) -> None:
+        """Refuse what the weights that will answer cannot do, before they are loaded.
+
+        Raises:
+            InputError: naming the input, the limit and the remedy.
+        """
+        if self.input_audio is not None and not self.continuation and not selection.melody:
             melody = ", ".join(name for name, version in VERSIONS.items() if version.melody)
+            remedy = (
+                f"take one of {melody}, or switch continuation on"
+                if selection.tuned is None
+                else "leave input_audio out, or switch continuation on"
+            )
             raise InputError(
-                f"model_version {self.model_version} cannot follow the melody of input_audio: "
-                f"take one of {melody}, or switch continuation on."
+                f"{selection.label} cannot follow the melody of input_audio: {remedy}."
             )
 
     @property
@@ -123,36 +137,54 @@ class PredictionResult:
 
 
 class PredictionService:
-    """Answers one request at a time, with one model in memory.
+    """Answers one request at a time.
 
     Args:
-        weights: fine-tuned weights to serve.
+        weights: path or URL of fine-tuned weights for requests that bring none.
+        models: the models in memory.
 
     Raises:
-        WeightsError: weights were given, which this version cannot load yet.
+        WeightsError: the weights are not those of a MusicGen, or not for what is here.
+        AssetError: they cannot be fetched.
     """
 
-    def __init__(self, weights: str | None = None) -> None:
-        if weights:
-            raise WeightsError(
-                "COG_WEIGHTS is set, but fine-tuned weights are not supported yet; unset it."
-            )
+    def __init__(self, weights: str | None = None, models: ModelCache | None = None) -> None:
         _log_to_stderr()
         # The same request gives the same file: no algorithm that is chosen by a race.
         torch.backends.cudnn.deterministic = True
-        self._model: MusicGen | None = None
+        self._models = models or ModelCache()
+        self._files = FineTuneStore()
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._served: tuple[FineTune, str] | None = None
+        if weights:
+            # The base never answers under a fine-tune's name: what cannot be served ends here.
+            stored = self._find_weights(weights, "COG_WEIGHTS")
+            self._files.pin(stored)
+            self._served = self._read_weights(stored, weights, "COG_WEIGHTS")
+            if self._served[0].base is not None:
+                self._models.get(self._select(PredictionRequest()))
 
     def predict(self, request: PredictionRequest) -> PredictionResult:
         """Make the music of a request.
 
         Raises:
             InputError: the request cannot be met; the message is meant for the user.
+            WeightsError: the fine-tuned weights cannot be used; likewise.
+            AssetError: something cannot be fetched; likewise.
         """
-        request.check()
-        clip = None if request.input_audio is None else _read_clip(request)
         self._remove_last_result()
-        model = self._load(request.model_version)
+        request.check()
+        if not request.replicate_weights:
+            request.check_for(self._select(request))
+        clip = None if request.input_audio is None else _read_clip(request)
+        with self._selected(request) as selection:
+            request.check_for(selection)
+            if clip is not None and request.continuation:
+                _check_prompt(clip, selection)
+            model = self._models.get(selection)
+        self._models.make_room(
+            model, request.duration, clip is not None and not request.continuation
+        )
         seed = request.seed
         if seed is None or seed == -1:
             seed = secrets.randbelow(2**31)
@@ -168,7 +200,7 @@ class PredictionService:
         progress = ProgressLog(logger, "steps")
         model.set_custom_progress_callback(progress.update)
         begin = time.perf_counter()
-        wav = _generate(model, request, clip).cpu()  # a GPU is done when its result is here
+        wav = self._generate(model, request, clip)
         elapsed = time.perf_counter() - begin
         logger.info("Made %d s of music in %.1f s.", request.duration, elapsed)
         path = self._write(wav, model.sample_rate, request)
@@ -179,33 +211,82 @@ class PredictionService:
                 "seconds_generated": wav.shape[-1] / model.sample_rate,
                 "real_time_factor": wav.shape[-1] / model.sample_rate / elapsed,
                 "steps_per_second": progress.done / elapsed,
-                "model_version": request.model_version,
+                "model_version": selection.version,
             },
         )
 
-    def _load(self, version: str) -> MusicGen:
-        if self._model is None or self._model.name != version:
-            self._model = None  # frees its memory before the next one is loaded
-            begin = time.perf_counter()
-            self._model = MusicGen.get_pretrained(version)
-            logger.info(
-                "Loaded %s on %s in %.1f s.",
-                version,
-                self._model.device,
-                time.perf_counter() - begin,
-            )
-        return self._model
+    def _generate(
+        self, model: MusicGen, request: PredictionRequest, clip: tuple[Tensor, int] | None
+    ) -> Tensor:
+        """Audio [C, T] on the CPU; where memory runs out, again with no other model loaded."""
+        try:
+            return _generate(model, request, clip).cpu()  # a GPU is done when its result is here
+        except torch.OutOfMemoryError:
+            logger.warning("Out of memory: trying again with no other model loaded.")
+        self._models.evict_others(model)
+        try:
+            return _generate(model, request, clip).cpu()
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"{request.duration} s of {model.name} do not fit the memory of {model.device}: "
+                "choose a smaller model_version, or free some of it."
+            ) from error
+
+    def _select(
+        self, request: PredictionRequest, own: tuple[FineTune, str] | None = None
+    ) -> Selection:
+        """The weights that answer: the request's own, else the server's, else a version's."""
+        tuned, sha256 = own or self._served or (None, None)
+        version = tuned.base if tuned is not None and tuned.base else request.model_version
+        return Selection(version, tuned, sha256)
+
+    @contextmanager
+    def _selected(self, request: PredictionRequest) -> Iterator[Selection]:
+        """`_select`, with the request's own weights on disk until the block ends."""
+        source = request.replicate_weights
+        if not source:
+            yield self._select(request)
+            return
+        name = "replicate_weights"
+        stored = self._find_weights(source, name)
+        try:
+            yield self._select(request, self._read_weights(stored, source, name))
+        finally:
+            self._files.release(stored)
+
+    def _find_weights(self, source: str, name: str) -> StoredFile:
+        """The file of fine-tuned weights, fetched if it is a URL.
+
+        Args:
+            source: path or URL.
+            name: of the input that gave it.
+        """
+        if not _URL.match(source) and name != "COG_WEIGHTS":
+            source = str(_checked_path(Path(source), name))
+        try:
+            return self._files.get(source)
+        except AudiocraftError as error:
+            raise type(error)(f"{name}: {error}") from error
+
+    def _read_weights(self, stored: StoredFile, source: str, name: str) -> tuple[FineTune, str]:
+        """What the file says, and its hash."""
+        shown = "" if source.startswith("data:") else f" ({PurePath(urlsplit(source).path).name})"
+        return read_finetune(stored.path, name + shown), stored.sha256
 
     def _write(self, wav: Tensor, sample_rate: int, request: PredictionRequest) -> Path:
         self._folder = tempfile.TemporaryDirectory(prefix="musicgen-", ignore_cleanup_errors=True)
-        return audio_write(
-            Path(self._folder.name) / f"musicgen-{secrets.token_hex(6)}",
-            wav,
-            sample_rate,
-            format=request.output_format,
-            strategy=request.normalization_strategy,
-            loudness_compressor=True,
-        )
+        try:
+            return audio_write(
+                Path(self._folder.name) / f"musicgen-{secrets.token_hex(6)}",
+                wav,
+                sample_rate,
+                format=request.output_format,
+                strategy=request.normalization_strategy,
+                loudness_compressor=True,
+            )
+        except BaseException:  # cancelled, or the disk is full
+            self._remove_last_result()
+            raise
 
     def _remove_last_result(self) -> None:
         """Cog does not remove the file that it has sent."""
@@ -223,13 +304,6 @@ def _generate(
         audio = model.generate(descriptions)
     elif request.continuation:
         wav, sample_rate = clip
-        seconds = wav.shape[-1] / sample_rate
-        if seconds > model.max_duration:
-            raise InputError(
-                f"The part of input_audio to continue has {seconds:.2f} s, {model.name} hears at "
-                f"most {model.max_duration:g} s: shorten it with continuation_start and "
-                "continuation_end."
-            )
         audio = model.generate_continuation(wav[None], sample_rate, descriptions)
     else:
         wav, sample_rate = clip
@@ -238,56 +312,86 @@ def _generate(
     return audio[0]
 
 
+def _check_prompt(clip: tuple[Tensor, int], selection: Selection) -> None:
+    wav, sample_rate = clip
+    seconds = wav.shape[-1] / sample_rate
+    if seconds > selection.context:
+        raise InputError(
+            f"The part of input_audio to continue has {seconds:.2f} s, {selection.label} hears at "
+            f"most {selection.context:g} s: shorten it with continuation_start and "
+            "continuation_end."
+        )
+
+
 def _read_clip(request: PredictionRequest) -> tuple[Tensor, int]:
     """The part of `input_audio` that is used, [C, T], and its sample rate."""
     assert request.input_audio is not None
-    path = _checked_path(request.input_audio)
+    path = _checked_path(request.input_audio, "input_audio")
+    start, end = request.continuation_start, request.clip_end
+    # No more than is used is decoded, of which three hours take half a minute.
+    most = request.duration + (0 if request.continuation else _MELODY_MARGIN_S)
+    wanted = most if end is None else min(end - start, most)
     try:
-        length = audio_info(path).duration
+        wav, sample_rate = audio_read(path, start, wanted)
+        seconds = wav.shape[-1] / sample_rate
+        left_out = end is not None and end - start > wanted
+        too_much = request.continuation and request.duration - seconds < _SHORTEST_CONTINUATION_S
+        length = audio_info(path).duration if left_out or too_much else start + seconds
+    except AudioEndError as error:
+        raise _past_the_end("continuation_start", start, error.duration) from error
     except AudioFileError as error:
         raise AudioFileError(f"input_audio: {error}") from error
-    start, end = request.continuation_start, request.clip_end
-    for name, second in (("continuation_start", start), ("continuation_end", end)):
-        if second is not None and second > length:
-            raise InputError(
-                f"{name} is {second} s, but input_audio has only {length:.2f} s: give an earlier "
-                "second."
-            )
-    seconds = (length if end is None else end) - start
-    if not request.continuation:
-        seconds = min(seconds, request.duration + _MELODY_MARGIN_S)
-    elif request.duration - seconds < _SHORTEST_CONTINUATION_S:
+    if end is not None and end > length:
+        raise _past_the_end("continuation_end", end, length)
+    if too_much:
         raise InputError(
-            f"The part of input_audio to continue has {seconds:.2f} s and duration is "
-            f"{request.duration} s, which counts it too: raise duration, or shorten the part with "
-            "continuation_start and continuation_end."
+            f"The part of input_audio to continue has {(end or length) - start:.2f} s and duration "
+            f"is {request.duration} s, which counts it too: raise duration, or shorten the part "
+            "with continuation_start and continuation_end."
         )
-    wav, sample_rate = audio_read(path, start, seconds)
-    if wav.shape[-1] == 0:
-        raise AudioFileError("input_audio holds no sound in the part that is used: take another.")
-    if wav.abs().max() < _SILENCE:
+    peak = float(wav.abs().max())
+    if peak > _LOUDEST:
+        raise AudioFileError(
+            f"input_audio peaks at {peak:.4g}, where full scale is 1: export it again, for example "
+            "as 24-bit WAV."
+        )
+    if peak < _SILENCE:
         if request.continuation:
             raise AudioFileError(
-                "input_audio is silent in the part that is used: there is nothing to continue."
+                "input_audio is silent in the part that is used, so there is nothing to continue: "
+                "take another part with continuation_start and continuation_end, or other audio."
             )
         logger.warning("input_audio is silent in the part that is used: it gives no melody.")
     return wav, sample_rate
 
 
-def _checked_path(path: Path) -> Path:
+def _past_the_end(name: str, second: int, length: float) -> InputError:
+    return InputError(
+        f"{name} is {second} s, but input_audio has only {length:.2f} s: give an earlier second."
+    )
+
+
+def _checked_path(path: Path, name: str) -> Path:
     """Refuse files of the server that a client has no business with.
 
     Cog downloads URLs to the temporary folder, but hands plain path strings through.
+
+    Args:
+        path: from the request.
+        name: of its input.
     """
-    resolved = path.resolve()
+    try:
+        resolved = path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a null character
+        raise InputError(f"{name} is no path that can be followed ({error}).") from error
     own = (Path.cwd(), Path(tempfile.gettempdir()))
     if os.environ.get("ALLOW_LOCAL_FILES") == "1" or any(
         resolved.is_relative_to(folder.resolve()) for folder in own
     ):
         return resolved
     raise InputError(
-        "input_audio is a path on the server, which is not allowed: give a URL, or start the "
-        "server with ALLOW_LOCAL_FILES=1."
+        f"{name} is a path on the server, which is not allowed: give a URL, or start the server "
+        "with ALLOW_LOCAL_FILES=1."
     )
 
 

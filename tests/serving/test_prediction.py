@@ -8,7 +8,9 @@ import soundfile
 import torch
 
 from audiocraft.data.audio import audio_read, audio_write
-from audiocraft.errors import AudioFileError, InputError, WeightsError
+from audiocraft.errors import AudioFileError, InputError
+from audiocraft.models import MusicGen
+from audiocraft.serving.models import Selection
 from audiocraft.serving.prediction import PredictionRequest, PredictionService
 
 
@@ -95,7 +97,7 @@ def test_no_more_of_a_long_melody_is_used_than_is_heard(service, tmp_path):
     wav = torch.sin(2 * torch.pi * phase)[None] / 2
     song = audio_write(tmp_path / "long", wav, 8000, normalize=False)
     result = service.predict(tiny(input_audio=song, prompt="x", duration=1, seed=2))
-    model = service._model
+    model = service._models.get(Selection("tiny"))
     expected = model.generate_with_chroma(["x"], audio_read(song)[0][None], 8000)[0]
     whole = audio_write(
         tmp_path / "whole", expected, 32000, strategy="loudness", loudness_compressor=True
@@ -115,7 +117,7 @@ def test_a_continuation_opens_with_the_recording(service, song):
     )
     wav, _ = audio_read(service.predict(request).path)
     assert wav.shape == (2, 128000)
-    model = service._model
+    model = service._models.get(Selection("tiny"))
     recording, _ = audio_read(song, 1, 2)
     prompt = model._convert(recording[None], 44100)
     codes, _ = model.compression_model.encode(prompt)
@@ -151,7 +153,10 @@ def test_progress_is_logged_with_the_time_left(service, caplog):
         ({"prompt": "x", "top_p": 1.5}, "top_p is 1.5, it must be from 0 to 1."),
         ({"prompt": "x", "temperature": -0.5}, "temperature is -0.5"),
         ({"prompt": "x", "classifier_free_guidance": -1.0}, "classifier_free_guidance is -1"),
-        ({"prompt": "x", "replicate_weights": "w"}, "replicate_weights is not supported yet"),
+        (
+            {"prompt": "x", "replicate_weights": "no/such/file"},
+            "replicate_weights: ",
+        ),
         (
             {"prompt": "x", "multi_band_diffusion": True},
             "multi_band_diffusion is not supported yet",
@@ -172,7 +177,7 @@ def test_bad_requests_are_refused(service, song, inputs, message):
 
 def test_a_prompt_longer_than_the_context_is_refused(service, tmp_path):
     long = audio_write(tmp_path / "long", torch.rand(1, 31 * 8000), 8000)
-    with pytest.raises(InputError, match=r"31\.00 s, tiny hears at most 30 s"):
+    with pytest.raises(InputError, match=r"31\.00 s, model_version tiny hears at most 30 s"):
         service.predict(tiny(input_audio=long, continuation=True, duration=60))
 
 
@@ -181,6 +186,32 @@ def test_a_prompt_that_leaves_nothing_is_refused_before_the_model_is_loaded(serv
         input_audio=song, continuation=True, duration=3, model_version="large"
     )
     with pytest.raises(InputError, match=r"has 4\.00 s and duration is 3 s"):
+        service.predict(request)
+
+
+def test_where_memory_runs_out_other_models_go(service, monkeypatch):
+    request = tiny(prompt="x", duration=1, seed=3)
+    expected = service.predict(request).path.read_bytes()
+    model = service._models.get(Selection("tiny"))
+    service._models._models["other", None] = MusicGen.get_pretrained("tiny")
+    generate, calls = MusicGen.generate, []
+
+    def run_out(self, *args, **kwargs):
+        calls.append(set(service._models._models))
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(MusicGen, "generate", run_out)
+    assert service.predict(request).path.read_bytes() == expected
+    assert calls == [{("other", None), ("tiny", None)}, {("tiny", None)}]
+    assert service._models.get(Selection("tiny")) is model
+
+    def never_enough(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(MusicGen, "generate", never_enough)
+    with pytest.raises(InputError, match=r"^1 s of tiny do not fit the memory of cpu: choose a"):
         service.predict(request)
 
 
@@ -222,5 +253,7 @@ def test_files_of_the_server_are_refused(service, tmp_path, monkeypatch):
 
 
 def test_weights_of_a_fine_tune_are_not_ignored():
-    with pytest.raises(WeightsError, match="COG_WEIGHTS is set"):
+    with pytest.raises(
+        InputError, match=r"^COG_WEIGHTS: \S*trained_model\.safetensors cannot be read"
+    ):
         PredictionService("trained_model.safetensors")

@@ -1,0 +1,255 @@
+"""Models in memory: loaded when they are asked for, evicted when another needs their room."""
+
+import ctypes
+import gc
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from audiocraft.errors import InputError
+from audiocraft.models.finetunes import FineTune, check_base, load_full, merge_adapter, sharing_copy
+from audiocraft.models.loaders import (
+    CODEC_FILE,
+    LM_FILE,
+    find_file,
+    load_models,
+    read_checkpoint,
+    text_encoder_of,
+)
+from audiocraft.models.musicgen import MusicGen
+from audiocraft.models.versions import VERSIONS
+from audiocraft.modules.conditioners import ChromaStemConditioner, T5Conditioner
+from audiocraft.modules.stems import StemSeparator
+
+logger = logging.getLogger(__name__)
+
+# Measured on the released codec: what decoding takes beyond its weights, over their size.
+_CODEC_WORK = 5
+_T5_BYTES = 440_000_000  # the encoder of t5-base, in float32
+_CODEC_BYTES = 240_000_000
+# Measured on htdemucs with 30 s of stereo.
+_SEPARATOR_BYTES = 2_500_000_000
+_PREFIX_POSITIONS = 512  # a melody takes 235, a description rarely 100
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which weights answer a request.
+
+    Attributes:
+        version: gives codec and text encoder, and the weights where nothing is fine-tuned.
+        tuned: fine-tuned weights.
+        sha256: of their file.
+    """
+
+    version: str
+    tuned: FineTune | None = None
+    sha256: str | None = None
+
+    @property
+    def key(self) -> tuple[str, str | None]:
+        """What tells loaded models apart."""
+        return self.version, self.sha256
+
+    @property
+    def melody(self) -> bool:
+        """Whether it follows a melody; known before anything is loaded."""
+        if self.tuned is None or self.tuned.cfg is None:
+            return VERSIONS[self.version].melody
+        return "self_wav" in self.tuned.cfg.conditioners
+
+    @property
+    def context(self) -> float:
+        """Most seconds that it hears at once; known before anything is loaded."""
+        if self.tuned is None or self.tuned.cfg is None:
+            return VERSIONS[self.version].context
+        return float(self.tuned.cfg.dataset.segment_duration)
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        if self.tuned is None:
+            return f"model_version {self.version}"
+        return f"{self.tuned.checkpoint.name}, fine-tuned from {self.tuned.base or 'MusicGen'},"
+
+
+class ModelCache:
+    """Loaded models, the least recently used of which make room for others.
+
+    Args:
+        device: where they run; the GPU if there is one.
+        budget: most bytes that they may take together; what the device has, if not given.
+    """
+
+    def __init__(self, device: torch.device | None = None, budget: int | None = None) -> None:
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(default) if device is None else device
+        self._budget = budget
+        self._models: dict[tuple[str, str | None], MusicGen] = {}  # the last used stands last
+
+    def get(self, selection: Selection) -> MusicGen:
+        """The model of a selection.
+
+        Raises:
+            InputError: it does not fit the device.
+            WeightsError: its files are not those of a MusicGen, or do not fit each other.
+            AssetError: a file of its version cannot be fetched.
+        """
+        model = self._models.pop(selection.key, None)
+        if model is None:
+            begin = time.perf_counter()
+            model = self._load(selection)
+            elapsed = time.perf_counter() - begin
+            logger.info("Loaded %s on %s in %.1f s.", selection.label, self.device, elapsed)
+        self._models[selection.key] = model
+        return model
+
+    def make_room(self, model: MusicGen, duration: float, melody: bool) -> None:
+        """Evict other models as far as a request needs what they take.
+
+        Args:
+            model: the one that will work.
+            duration: seconds of the result.
+            melody: whether stems will be separated.
+        """
+        config = model.lm.config
+        steps = min(duration, model.max_duration) * model.frame_rate + _PREFIX_POSITIONS
+        item = model.lm.out_norm.weight.element_size()
+        cache = 2 * config.num_layers * 2 * steps * config.dim * item  # guidance has two rows
+        audio = 4 * 4 * duration * model.sample_rate * model.audio_channels
+        codec = _CODEC_WORK * sum(_bytes(model.compression_model.parameters()).values())
+        need = cache + audio + codec
+        conditioners = model.lm.condition_provider.conditioners.values()
+        if melody and any(getattr(conditioner, "separates", False) for conditioner in conditioners):
+            need += _SEPARATOR_BYTES
+        self._evict_until(int(need), keep=model)
+
+    def evict_others(self, model: MusicGen) -> None:
+        """Evict all models but one."""
+        self._models = {key: kept for key, kept in self._models.items() if kept is model}
+        self._give_back()
+
+    @property
+    def used(self) -> int:
+        """Bytes of all loaded models; what several share counts once."""
+        storages: dict[int, int] = {}
+        for model in self._models.values():
+            storages |= _bytes(_tensors(model))
+        return sum(storages.values())
+
+    def _load(self, selection: Selection) -> MusicGen:
+        version, tuned = selection.version, selection.tuned
+        if tuned is not None and tuned.lora is not None:
+            return self._load_adapter(tuned)
+        source = VERSIONS[version].source
+        codec_file = find_file(source, CODEC_FILE)
+        weights = read_checkpoint(find_file(source, LM_FILE)) if tuned is None else tuned.checkpoint
+        text_encoder = text_encoder_of(codec_file)
+        size = (4 if self.device.type == "cpu" else 2) * sum(
+            tensor.numel() for tensor in weights.state.values()
+        )
+        size += _T5_BYTES if text_encoder is None else _size(text_encoder / "model.safetensors")
+        size += _CODEC_BYTES if read_checkpoint(codec_file).pretrained else _size(codec_file)
+        self._require(selection, size)
+        lm, codec = (
+            load_models(source, self.device)
+            if tuned is None
+            else load_full(tuned, version, self.device)
+        )
+        return MusicGen(version, codec, lm)
+
+    def _load_adapter(self, tuned: FineTune) -> MusicGen:
+        """The adapter's base with other tensors where the adapter changes them.
+
+        The base itself stays as it is, so there is nothing to take back afterwards.
+        """
+        assert tuned.base is not None
+        assert tuned.lora is not None
+        check_base(tuned)
+        base = self.get(Selection(tuned.base))
+        lm, codec = sharing_copy(base.lm), base.compression_model
+        ends = tuned.lora.targets
+        size = sum(weight.nbytes for key, weight in lm.named_parameters() if key.endswith(ends))
+        self._evict_until(size, keep=base)
+        if self._free() < size:
+            # What the adapter changes replaces the base's own, tensor by tensor.
+            del self._models[Selection(tuned.base).key]
+        del base
+        merge_adapter(lm, tuned)
+        return MusicGen(tuned.base, codec, lm)
+
+    def _require(self, selection: Selection, size: int) -> None:
+        self._evict_until(size)
+        free = self._free()
+        if free < size:
+            raise InputError(
+                f"{selection.label} needs {size / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are "
+                f"free on {self.device}: choose a smaller model_version, or free some."
+            )
+
+    def _evict_until(self, size: int, keep: MusicGen | None = None) -> None:
+        """Evict the least recently used models until there is room, or none is left."""
+        for key in list(self._models):
+            if self._free() >= size:
+                break
+            if self._models[key] is not keep:
+                del self._models[key]
+                self._give_back()
+                logger.info("Made room in memory: %s is no longer loaded.", key[0])
+
+    def _free(self) -> int:
+        if self._budget is not None:
+            return self._budget - self.used
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            allocated = torch.cuda.memory_allocated(self.device)
+            return int(free + torch.cuda.memory_reserved(self.device) - allocated)
+        return available_memory()
+
+    def _give_back(self) -> None:
+        gc.collect()  # modules of transformers refer to each other
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        else:
+            # Blocks below glibc's threshold, which grows to 32 MB, would stay with the process.
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def available_memory() -> int:
+    """Bytes of memory that this process may take without swapping, its container's limit heeded."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    available = 1024 * int(fields["MemAvailable"].split()[0])
+    group = Path("/sys/fs/cgroup")
+    limit = group / "memory.max"
+    if limit.is_file() and (text := limit.read_text().strip()) != "max":
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
+        available = min(available, int(text) - used)
+    return available
+
+
+def _tensors(model: MusicGen) -> Iterator[Tensor]:
+    modules: list[nn.Module | StemSeparator] = [model.lm, model.compression_model]
+    for conditioner in model.lm.condition_provider.conditioners.values():
+        assert isinstance(conditioner, T5Conditioner | ChromaStemConditioner)
+        modules += [
+            part for part in conditioner.loaded or () if isinstance(part, nn.Module | StemSeparator)
+        ]
+    for module in modules:
+        yield from module.parameters()
+
+
+def _bytes(tensors: Iterator[Tensor]) -> dict[int, int]:
+    """Bytes by storage."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size

@@ -1,0 +1,214 @@
+"""A cancelled prediction stops at once, leaves nothing, and the next one is as if it had not been.
+
+The server runs this project's own predictor; what is added to it prints what it does, and takes its
+time doing it, so that a cancelation finds it there.
+"""
+
+import base64
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import save_file
+
+from tests.http_server import File, FileServer
+from tests.modules.test_stems import KWARGS
+from tests.releases import full_finetune, stand_in
+from tests.serving.client import start, wait_until
+
+ROOT = Path(__file__).parents[2]
+SONG = ROOT / "tests/audio/real_song.ogg"
+SLOWED = """
+import itertools, time
+from demucs.htdemucs import HTDemucs
+from audiocraft.models.lm import LMModel
+from audiocraft.modules.seanet import SEANetDecoder, SEANetEncoder
+
+
+def _slow(owner, name, tell, seconds):
+    real, counter = getattr(owner, name), itertools.count(1)
+
+    def slowed(self, *args, **kwargs):
+        print("doing", tell(*args), next(counter), flush=True)
+        time.sleep(seconds)
+        return real(self, *args, **kwargs)
+
+    setattr(owner, name, slowed)
+
+
+def _advance(state, sequence):
+    return "step" if sequence.shape[-1] == 1 else "prefill"
+
+
+_slow(LMModel, "advance", _advance, 0.02)
+_slow(HTDemucs, "forward", lambda *_: "segment", 0.3)
+_slow(SEANetDecoder, "forward", lambda *_: "decode", 0.5)
+_slow(SEANetEncoder, "forward", lambda *_: "encode", 0.5)
+"""
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """`melody` hears stems, separated by a small real demucs; `stereo-melody` hears the mix."""
+    import torch
+    from demucs.htdemucs import HTDemucs
+
+    folder = tmp_path_factory.mktemp("models")
+    stand_in(folder, "stereo-melody", 1)
+    stand_in(folder, "melody", 2, stems="vocals+other")
+    torch.manual_seed(0)
+    separator = folder / "adefossez/HTDemucs"
+    separator.mkdir(parents=True)
+    segment = {"_type": "fraction", "numerator": 4, "denominator": 1}
+    metadata = {
+        "klass": "demucs.htdemucs.HTDemucs",
+        "args": "[]",
+        "kwargs": json.dumps({**KWARGS, "segment": segment}),
+    }
+    save_file(HTDemucs(**KWARGS, segment=4).state_dict(), separator / "1.safetensors", metadata)
+    (separator / "htdemucs.yaml").write_text(yaml.safe_dump({"models": ["1"]}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    """The server's temporary folder."""
+    return tmp_path_factory.mktemp("scratch")
+
+
+@pytest.fixture(scope="module")
+def served(store, scratch, tmp_path_factory):
+    project = tmp_path_factory.mktemp("project")
+    (project / "predict.py").write_text((ROOT / "predict.py").read_text() + SLOWED)
+    environment = {
+        "AUDIOCRAFT_CACHE_DIR": str(store),
+        "PYTHONPATH": str(ROOT),
+        "TMPDIR": str(scratch),
+        "OMP_NUM_THREADS": "1",
+    }
+    with start(project, environment) as server:
+        yield server
+
+
+def result(served, **inputs):
+    status, answer = served.predict({"duration": 1, "seed": 1, "prompt": "x", **inputs})
+    assert (status, answer["status"]) == (200, "succeeded"), answer
+    return base64.b64decode(answer["output"].partition(",")[2])
+
+
+def count(served, what):
+    """The number of the last thing of its kind that was done."""
+    numbers = re.findall(rf"doing {what} (\d+)", "\n".join(served.lines))
+    return int(numbers[-1]) if numbers else 0
+
+
+def cancelled(served, seen, inputs):
+    """Cancels a prediction when a line is seen; seconds until its end."""
+    del served.lines[:]
+    handle = served.start_prediction(f"cancel-{time.monotonic_ns()}", inputs)
+    served.wait_for(seen, 30)
+    begin = time.monotonic()
+    served.cancel(handle.id)
+    _, answer = handle.answer(20)
+    elapsed = time.monotonic() - begin
+    assert answer["status"] == "canceled", answer
+    return elapsed
+
+
+def files(*folders):
+    return {path for folder in folders for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("phase", "seen", "inputs"),
+    [
+        (
+            "prefill",
+            "doing prefill",
+            {"continuation": True, "duration": 20, "input_audio": str(SONG)},
+        ),
+        (
+            "encode",
+            "doing encode",
+            {"continuation": True, "duration": 20, "input_audio": str(SONG)},
+        ),
+        ("step", "doing step 4", {"duration": 30}),
+        ("decode", "doing decode", {"duration": 1}),
+        ("segment", "doing segment", {"model_version": "melody", "input_audio": str(SONG)}),
+    ],
+)
+def test_cancel_in_each_phase(served, scratch, store, phase, seen, inputs):
+    if "input_audio" in inputs:
+        song = scratch.parent / "song.ogg"
+        song.write_bytes(SONG.read_bytes())
+        inputs = {**inputs, "input_audio": str(song)}
+    melody = {"model_version": "melody"} if phase == "segment" else {}
+    expected = result(served, **melody)
+    before = files(scratch, store)
+    elapsed = cancelled(served, seen, {"prompt": "x", "seed": 2, **inputs})
+    assert elapsed < 2
+    time.sleep(0.3)
+    at_end = count(served, phase)
+    time.sleep(0.5)
+    assert count(served, phase) == at_end  # nothing goes on behind the scenes
+    assert files(scratch, store) <= before
+    assert result(served, **melody) == expected
+
+
+def test_within_sixteen_steps_and_one_segment(served, scratch):
+    song = scratch.parent / "song.ogg"
+    song.write_bytes(SONG.read_bytes())
+    for phase, limit, inputs in (
+        ("step", 16, {"prompt": "x", "duration": 30}),
+        ("segment", 1, {"model_version": "melody", "input_audio": str(song)}),
+    ):
+        del served.lines[:]
+        handle = served.start_prediction(f"count-{phase}", inputs)
+        served.wait_for(f"doing {phase}", 30)
+        served.cancel(handle.id)
+        at_cancel = count(served, phase)
+        assert handle.answer(20)[1]["status"] == "canceled"
+        time.sleep(0.3)
+        assert count(served, phase) - at_cancel <= limit
+
+
+def test_cancel_in_a_download(served, store, scratch, tmp_path):
+    path = full_finetune(store, "stereo-melody", 5, tmp_path / "w.safetensors")
+    expected = result(served)
+    tuned = result(served, replicate_weights=data_url(path))
+    with FileServer() as server:
+        file = server.files["/w"] = File(path.read_bytes(), etag='"1"', stall_after=10_000)
+        url = server.url("/w")
+        before = files(scratch, store)
+        handle = served.start_prediction("in-download", {"prompt": "x", "replicate_weights": url})
+        wait_until(lambda: server.sent("/w") == 10_000)
+        begin = time.monotonic()
+        served.cancel(handle.id)
+        assert handle.answer(20)[1]["status"] == "canceled"
+        assert time.monotonic() - begin < 2
+        assert files(scratch, store) <= before
+        assert result(served) == expected
+        file.stall_after = None
+        assert result(served, replicate_weights=url) == tuned
+
+
+def data_url(path):
+    return f"data:;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def test_a_client_that_goes_away(served):
+    """Dropping the connection cancels too; the server is free again at once."""
+    expected = result(served)
+    del served.lines[:]
+    served.drop({"prompt": "x", "duration": 600}, after="doing step")
+    begin = time.monotonic()
+    while True:
+        status, answer = served.predict({"prompt": "x", "duration": 1, "seed": 1})
+        if status != 409:
+            break
+        assert time.monotonic() - begin < 5
+        time.sleep(0.05)
+    assert base64.b64decode(answer["output"].partition(",")[2]) == expected
