@@ -61,8 +61,9 @@ class Part:
     def close(self, *, failed: bool) -> None:
         """Let go of it; only part of a file that failed, and may be kept, stays."""
         try:
-            if not (self._keep and failed and self.size > 0):
-                if is_at(self.file, self.path):
+            unnamed = is_at(self.file, self.path)
+            if not (unnamed and self._keep and failed and self.size > 0):
+                if unnamed:
                     self.path.unlink()
                 self._notes.unlink(missing_ok=True)
         finally:

@@ -33,6 +33,8 @@ from audiocraft.models.loaders import (
     LM_FILE,
     Checkpoint,
     build_lm_model,
+    check_config,
+    config_in_use,
     find_file,
     load_compression_model,
     load_models,
@@ -80,11 +82,6 @@ class FineTune:
         """The resolved `xp.cfg`, if the file has one."""
         return self.checkpoint.cfg
 
-    @property
-    def num_values(self) -> int:
-        """Numbers that it holds."""
-        return sum(tensor.numel() for tensor in self.checkpoint.state.values())
-
 
 def read_finetune(path: Path, name: str | None = None) -> FineTune:
     """Read a file of fine-tuned weights in any supported form; the tensors stay in the file.
@@ -127,7 +124,9 @@ def read_finetune(path: Path, name: str | None = None) -> FineTune:
             "fine-tune."
         )
     if tuned.cfg is not None:
-        _check_limits(name, tuned.cfg)
+        with config_in_use(name):
+            check_config(name, tuned.cfg)
+            _check_limits(name, tuned.cfg)
     return tuned
 
 
@@ -158,6 +157,16 @@ def _check_adapter(tuned: FineTune) -> None:
         raise WeightsError(
             f"{name} is not a whole adapter of rank {lora.rank}; train or export it again."
         )
+
+
+def _check_text_encoders(name: str, cfg: DictConfig) -> None:
+    """A stranger's file must not choose folders of this machine."""
+    for conditioner in cfg.conditioners.values():
+        if "t5" in conditioner and conditioner.t5.name not in T5_DIMS:
+            raise WeightsError(
+                f"{name} names the text encoder {conditioner.t5.name}, it must be one of "
+                f"{', '.join(T5_DIMS)}."
+            )
 
 
 def _check_limits(name: str, cfg: DictConfig) -> None:
@@ -223,16 +232,13 @@ def load_full(
     text_encoder = text_encoder_of(find_file(source, CODEC_FILE))
     cfg = read_checkpoint(find_file(source, LM_FILE)).cfg if tuned.cfg is None else tuned.cfg
     if text_encoder is None and cfg is not None:
-        # A stranger's file must not choose folders of this machine.
-        for conditioner in cfg.conditioners.values():
-            if "t5" in conditioner and conditioner.t5.name not in T5_DIMS:
-                raise WeightsError(
-                    f"{name} names the text encoder {conditioner.t5.name}, it must be one of "
-                    f"{', '.join(T5_DIMS)}."
-                )
+        with config_in_use(name):
+            _check_text_encoders(name, cfg)
     lm = build_lm_model(replace(tuned.checkpoint, cfg=cfg), text_encoder, device)
     assert lm.cfg is not None, "build_lm_model always sets it"
-    codec = get_wrapped_compression_model(load_compression_model(source, device), lm.cfg)
+    codec = load_compression_model(source, device)
+    with config_in_use(name):
+        codec = get_wrapped_compression_model(codec, lm.cfg)
     if (codec.num_codebooks, codec.cardinality) != (lm.num_codebooks, lm.card):
         raise WeightsError(
             f"{name} writes {lm.num_codebooks} codebooks of {lm.card} codes, the codec of "

@@ -11,7 +11,8 @@ import re
 import typing
 import zipfile
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ from audiocraft.modules.conditioners import ChromaStemConditioner, T5Conditioner
 
 LM_FILE = "state_dict"
 CODEC_FILE = "compression_state_dict"
+# What Python and torch raise at settings of the wrong type or size.
+_BAD_VALUES = (TypeError, ValueError, ArithmeticError, RuntimeError, LookupError, AttributeError)
 _SUFFIXES = (".safetensors", ".bin")
 _RELEASED_CODEC = r"facebook/encodec_\w+"
 
@@ -265,18 +268,17 @@ def build_lm_model(
         WeightsError: this is not a MusicGen language model.
         AssetError: the text encoder cannot be fetched.
     """
-    if checkpoint.cfg is None or "transformer_lm" not in checkpoint.cfg:
-        raise WeightsError(
-            f"{checkpoint.name} has no xp.cfg of a language model; give an official export or a "
-            "fine-tune."
-        )
+    name, cfg = checkpoint.name, checkpoint.cfg
     # Models built without memory-efficient attention have one more level in these names.
     state = {official_key(key): value for key, value in checkpoint.state.items()}
-    _check_depth(checkpoint.name, checkpoint.cfg, state)
-    with torch.device("meta"):
-        model = get_lm_model(checkpoint.cfg, text_encoder)
+    with config_in_use(name):
+        check_config(name, cfg)
+        assert cfg is not None, "check_config refuses that"
+        _check_depth(name, cfg, state)
+        with torch.device("meta"):
+            model = get_lm_model(cfg, text_encoder)
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
-    assign_state(model, state, device, dtype, checkpoint.name)
+    assign_state(model, state, device, dtype, name)
     for conditioner in model.condition_provider.conditioners.values():
         if isinstance(conditioner, ChromaStemConditioner):
             # As the official package sets it for generation, see golden test `lm_tiny_melody`.
@@ -285,6 +287,36 @@ def build_lm_model(
         elif isinstance(conditioner, T5Conditioner):
             conditioner.load()
     return model.eval()
+
+
+def check_config(name: str, cfg: DictConfig | None) -> None:
+    """Whether there is a configuration of a language model, in its outlines.
+
+    Raises:
+        WeightsError: it is none, naming the file.
+    """
+    outlines = ("transformer_lm", "conditioners", "dataset")
+    if cfg is None or not all(isinstance(cfg.get(key), DictConfig) for key in outlines):
+        raise WeightsError(
+            f"{name} has no xp.cfg of a language model; give an official export or a fine-tune."
+        )
+
+
+@contextmanager
+def config_in_use(name: str) -> Iterator[None]:
+    """Turns what a setting of the wrong kind or size leads to into a sentence.
+
+    Raises:
+        WeightsError: naming the file.
+    """
+    try:
+        yield
+    except (OmegaConfBaseException, *_BAD_VALUES) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise WeightsError(
+            f"The xp.cfg of {name} is not one of a MusicGen ({reason}); give an official export "
+            "or a fine-tune."
+        ) from error
 
 
 def official_key(key: str) -> str:
@@ -378,4 +410,5 @@ def load_models(source: str | Path, device: torch.device | str) -> tuple[LMModel
         if alone and re.fullmatch(_RELEASED_CODEC, named):
             beside = named
     codec = load_compression_model(beside, device)
-    return lm, get_wrapped_compression_model(codec, lm.cfg)
+    with config_in_use(str(source)):
+        return lm, get_wrapped_compression_model(codec, lm.cfg)

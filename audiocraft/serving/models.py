@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from audiocraft.errors import InputError
@@ -59,16 +60,20 @@ class Selection:
     @property
     def melody(self) -> bool:
         """Whether it follows a melody; known before anything is loaded."""
-        if self.tuned is None or self.tuned.cfg is None:
-            return VERSIONS[self.version].melody
-        return "self_wav" in self.tuned.cfg.conditioners
+        cfg = self._own_config
+        return VERSIONS[self.version].melody if cfg is None else "self_wav" in cfg.conditioners
 
     @property
     def context(self) -> float:
         """Most seconds that it hears at once; known before anything is loaded."""
-        if self.tuned is None or self.tuned.cfg is None:
-            return VERSIONS[self.version].context
-        return float(self.tuned.cfg.dataset.segment_duration)
+        cfg = self._own_config
+        own = None if cfg is None else cfg.dataset.get("segment_duration")
+        return VERSIONS[self.version].context if own is None else float(own)
+
+    @property
+    def _own_config(self) -> DictConfig | None:
+        """That of a full fine-tune; an adapter has its base's."""
+        return None if self.tuned is None or self.tuned.lora is not None else self.tuned.cfg
 
     @property
     def label(self) -> str:

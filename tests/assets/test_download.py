@@ -336,6 +336,21 @@ def test_two_processes_fetch_once(server, target):
     assert left(target) == ["file.bin"]
 
 
+def test_what_is_whole_leaves_no_notes_whatever_comes_then(remote, server, target):
+    server.files["/f"] = File(CONTENT)
+    target.parent.mkdir()
+
+    def stop_at_the_end():
+        with open_part(target.with_name("file.bin.part"), "x", keep=True) as part:
+            transfer(remote(), part)
+            part.move(target)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stop_at_the_end()
+    assert left(target) == ["file.bin"]
+
+
 def test_a_second_call_asks_nothing(remote, server, target):
     server.files["/f"] = File(CONTENT)
     download(remote(), target)

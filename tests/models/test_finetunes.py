@@ -13,6 +13,7 @@ from audiocraft.models import MusicGen
 from audiocraft.models.finetunes import (
     base_sha256,
     file_base_sha256,
+    load_full,
     merge_adapter,
     read_finetune,
     sharing_copy,
@@ -257,3 +258,42 @@ def test_an_older_fine_tune_alone_asks_for_the_released_codec(store, base, tmp_p
     )
     torch.save(small, tmp_path / "compression_state_dict.bin")
     assert from_file(path).audio_channels == 2
+
+
+def paths_of(cfg, prefix=""):
+    for key, value in cfg.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from paths_of(value, f"{prefix}{key}.")
+
+
+SECTIONS = (
+    "transformer_lm",
+    "conditioners",
+    "codebooks_pattern",
+    "fuser",
+    "dataset",
+    "classifier_free_guidance",
+    "interleave_stereo_codebooks",
+)
+
+
+@pytest.mark.usefixtures("store")
+def test_no_configuration_ends_in_another_error(base, tmp_path):
+    """Settings that are missing, or of another kind and size, one at a time."""
+    whole = OmegaConf.to_container(OmegaConf.create(base["xp.cfg"]))
+    paths = [path for path in paths_of(whole) if path.split(".")[0] in SECTIONS]
+    assert len(paths) > 80
+    values = [None, -1, 0, "x", 1e30, [], {}, 3, True, "${nothing}"]
+    path, sentences = tmp_path / "a.tar", []
+    for number, setting in enumerate(paths):
+        cfg = OmegaConf.create(whole)
+        value = values[number % len(values)]
+        OmegaConf.update(cfg, setting, value, merge=False, force_add=True)
+        torch.save({"model": base["best_state"], "xp.cfg": cfg}, path)
+        try:
+            load_full(read_finetune(path), VERSION, "cpu")
+        except WeightsError as error:
+            sentences.append(str(error))
+    assert len(sentences) > 20
+    assert not any("\n" in sentence for sentence in sentences)
