@@ -256,6 +256,7 @@ def test_an_unknown_host_is_told(elsewhere):
     assert "nowhere.invalid cannot be reached" in elsewhere("http://nowhere.invalid")
 
 
+@pytest.mark.slow
 def test_silence_is_told_within_ten_seconds(elsewhere):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         message = elsewhere(f"http://127.0.0.1:{listener.getsockname()[1]}")

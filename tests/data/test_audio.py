@@ -456,7 +456,7 @@ print(rise, spectrum.argmax().item() * rate / wav.shape[1], wav.shape[1] / rate)
     [
         ("x.wav", 8000, 1, ["-c:a", "pcm_u8"]),
         pytest.param("x.mp3", 8000, 1, ["-b:a", "8k"], marks=pytest.mark.slow),
-        ("x.m4a", 8000, 1, ["-c:a", "aac"]),
+        pytest.param("x.m4a", 8000, 1, ["-c:a", "aac"], marks=pytest.mark.slow),
         pytest.param("x.m4a", 44100, 2, ["-c:a", "aac"], marks=pytest.mark.slow),
     ],
 )

@@ -278,6 +278,7 @@ SECTIONS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("store")
 def test_no_configuration_ends_in_another_error(base, tmp_path):
     """Settings that are missing, or of another kind and size, one at a time."""

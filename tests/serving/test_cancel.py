@@ -43,10 +43,10 @@ def _advance(state, sequence):
     return "step" if sequence.shape[-1] == 1 else "prefill"
 
 
-_slow(LMModel, "advance", _advance, 0.02)
+_slow(LMModel, "advance", _advance, 0.005)
 _slow(HTDemucs, "forward", lambda *_: "segment", 0.3)
-_slow(SEANetDecoder, "forward", lambda *_: "decode", 0.5)
-_slow(SEANetEncoder, "forward", lambda *_: "encode", 0.5)
+_slow(SEANetDecoder, "forward", lambda *_: "decode", 0.2)
+_slow(SEANetEncoder, "forward", lambda *_: "encode", 0.2)
 """
 
 

@@ -259,7 +259,10 @@ def clips(tmp_path_factory):
         ),
         (
             {"input_audio": "silent", "continuation": True},
-            "input_audio is silent in the part that is used: there is nothing to continue.",
+            (
+                "input_audio is silent in the part that is used, so there is nothing to continue: "
+                "take another part with continuation_start and continuation_end, or other audio."
+            ),
         ),
         ({"input_audio": "empty"}, r"input_audio: \S+ is empty \(0 bytes\); export or upload it"),
         ({"input_audio": "text"}, r"input_audio: \S+ cannot be read as audio .*convert it to WAV"),

@@ -126,6 +126,7 @@ def test_a_continuation_opens_with_the_recording(service, song):
     torch.testing.assert_close(wav[:, :60000], decoded, rtol=0, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_longer_than_the_context(service, song):
     result = service.predict(tiny(prompt="a song", input_audio=song, duration=35, seed=1))
     info = soundfile.info(result.path)
