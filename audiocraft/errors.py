@@ -1,5 +1,7 @@
 """The one error family: every message names the input, the limit and the remedy in one sentence."""
 
+from typing import Self
+
 
 class AudiocraftError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -13,9 +15,45 @@ class AudioFileError(InputError):
     """An audio file cannot be read, holds nothing usable, or cannot be written."""
 
 
+class AudioEndError(AudioFileError):
+    """A piece was asked for that begins where the file has ended.
+
+    Args:
+        message: for the user.
+        duration: of the file, seconds.
+    """
+
+    def __init__(self, message: str, duration: float) -> None:
+        super().__init__(message)
+        self.duration = duration
+
+
 class WeightsError(AudiocraftError):
     """A weights file is missing a part, has the wrong shape, or is not MusicGen at all."""
 
 
 class AssetError(AudiocraftError):
     """Something that must be on disk is neither there nor to be had."""
+
+
+class DownloadError(AssetError):
+    """A file cannot be fetched.
+
+    Attributes:
+        reason: a clause for another message.
+        status: what the server answered, where that is the reason.
+    """
+
+    def __init__(self, message: str, reason: str = "", status: int | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.status = status
+
+    @classmethod
+    def of(cls, what: str, reason: str, status: int | None = None) -> Self:
+        """From what is fetched and a clause that says why it does not come."""
+        return cls(f"{what} could not be fetched: {reason}.", reason, status)
+
+
+class UnreachableError(DownloadError):
+    """There is no network, or no server at its other end."""

@@ -17,15 +17,13 @@ from audiocraft.assets import exchange
 from audiocraft.assets.exchange import Answer, CutError, ask, pause, show_url
 from audiocraft.assets.parts import Part, open_part, writing
 from audiocraft.assets.remote import (
-    DownloadError,
     Received,
     Remote,
-    UnreachableError,
     Validators,
     parse_date,
     refusal,
 )
-from audiocraft.errors import AssetError
+from audiocraft.errors import AssetError, DownloadError, UnreachableError
 from audiocraft.progress import ProgressLog
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from email.utils import parsedate_to_datetime
 from typing import Final, Literal, Self
 
 from audiocraft.assets.exchange import show_url
-from audiocraft.errors import AssetError
+from audiocraft.errors import DownloadError
 
 _OLD_ENOUGH_S: Final = 2.0
 _MEANING: Final = {
@@ -18,29 +18,6 @@ _MEANING: Final = {
     404: "there is no such file",
     410: "the file is gone",
 }
-
-
-class DownloadError(AssetError):
-    """A file cannot be fetched.
-
-    Attributes:
-        reason: a clause for another message.
-        status: what the server answered, where that is the reason.
-    """
-
-    def __init__(self, message: str, reason: str = "", status: int | None = None) -> None:
-        super().__init__(message)
-        self.reason = reason
-        self.status = status
-
-    @classmethod
-    def of(cls, what: str, reason: str, status: int | None = None) -> Self:
-        """From what is fetched and a clause that says why it does not come."""
-        return cls(f"{what} could not be fetched: {reason}.", reason, status)
-
-
-class UnreachableError(DownloadError):
-    """There is no network, or no server at its other end."""
 
 
 def refusal(what: str, host: str, status: int) -> DownloadError:

@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 
 from audiocraft.assets.download import download, probe
 from audiocraft.assets.exchange import Answer, show_url
-from audiocraft.assets.remote import Digest, DownloadError, Remote, UnreachableError
-from audiocraft.errors import AssetError
+from audiocraft.assets.remote import Digest, Remote
+from audiocraft.errors import AssetError, DownloadError, UnreachableError
 
 BUNDLED = Path(__file__).parent
 """Assets that come with the package."""

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from audiocraft.data.audio_utils import i16_pcm, normalize_audio
-from audiocraft.errors import AudioFileError, InputError
+from audiocraft.errors import AudioEndError, AudioFileError, InputError
 
 logger = logging.getLogger(__name__)
 
@@ -66,19 +66,6 @@ _FFMPEG_PADDING: Final = ("Conversion failed!", "    Last message repeated")
 
 _MP3_RATES: Final = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 _STEREO: Final = 2
-
-
-class AudioEndError(AudioFileError):
-    """A piece was asked for that begins where the file has ended.
-
-    Args:
-        message: for the user.
-        duration: of the file, seconds.
-    """
-
-    def __init__(self, message: str, duration: float) -> None:
-        super().__init__(message)
-        self.duration = duration
 
 
 @dataclass(frozen=True)

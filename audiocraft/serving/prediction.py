@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from audiocraft.assets.finetunes import FineTuneStore, StoredFile
-from audiocraft.data.audio import AudioEndError, audio_info, audio_read, audio_write
-from audiocraft.errors import AudiocraftError, AudioFileError, InputError
+from audiocraft.data.audio import audio_info, audio_read, audio_write
+from audiocraft.errors import AssetError, AudiocraftError, AudioEndError, AudioFileError, InputError
 from audiocraft.models.finetunes import FineTune, read_finetune
 from audiocraft.models.musicgen import MusicGen
 from audiocraft.models.versions import VERSIONS
@@ -262,11 +262,18 @@ class PredictionService:
             name: of the input that gave it.
         """
         if not _URL.match(source) and name != "COG_WEIGHTS":
-            source = str(_checked_path(Path(source), name))
+            path = _checked_path(Path(source), name)
+            if not path.is_file():
+                raise InputError(
+                    f"{name}: there is no file {source}: give a URL or the path of a file, on the "
+                    f"command line as {name}=@{source}."
+                )
+            source = str(path)
         try:
             return self._files.get(source)
         except AudiocraftError as error:
-            raise type(error)(f"{name}: {error}") from error
+            kind = InputError if isinstance(error, InputError) else AssetError
+            raise kind(f"{name}: {error}") from error
 
     def _read_weights(self, stored: StoredFile, source: str, name: str) -> tuple[FineTune, str]:
         """What the file says, and its hash."""

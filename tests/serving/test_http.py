@@ -14,6 +14,7 @@ import torch
 
 from audiocraft.data.audio import audio_read, audio_write
 from audiocraft.models.versions import VERSIONS
+from audiocraft.serving.server import plain_message
 from tests.http_server import FileServer
 from tests.releases import adapter, full_finetune, read_release, stand_in
 from tests.serving.client import start
@@ -274,7 +275,7 @@ def test_a_request_that_cannot_be_met(served, clips, inputs, sentence):
     begin = time.monotonic()
     error = refused(served, **inputs)
     assert time.monotonic() - begin < 5  # nothing expensive has started
-    message = re.sub(r"^(Prediction failed: )*\w+Error: ", "", error)
+    message = plain_message(error)
     assert message == sentence or re.match(sentence, message), message
     assert message.count("\n") == 0
     assert message.endswith(".")
@@ -396,6 +397,26 @@ def test_what_is_no_weights_is_refused_by_name(served, content, sentence, tmp_pa
     assert f"replicate_weights (weights.tar) {sentence}" in error
     assert not Path("/tmp/musicgen-attack-ran").exists()  # noqa: S108
     assert made(served, prompt="x", duration=1)
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        (
+            "http://127.0.0.1:9/a.safetensors?token=secret",
+            r"replicate_weights: http://127\.0\.0\.1:9/a\.safetensors could not be fetched: .*",
+        ),
+        (
+            "file:///etc/passwd",
+            r"replicate_weights: file:// is not supported; give an http\(s\) URL or a path\.",
+        ),
+        ("data:;base64,%%%", "replicate_weights: The base64 of this data: URL is broken.*"),
+    ],
+)
+def test_weights_that_cannot_be_had(served, source, sentence):
+    error = plain_message(refused(served, prompt="x", replicate_weights=source))
+    assert re.fullmatch(sentence, error), error
+    assert "secret" not in error
 
 
 def test_weights_for_the_whole_server(environment, store, tmp_path):
