@@ -138,7 +138,8 @@ def test_two_hundred_mixed_requests(validator, store, site):
                     inputs["replicate_weights"] = server.url(f"/{name}/trained_model.tar")
             assert content(ask(served, {**KINDS[kind], **inputs})) == wanted, (number, name, kind)
             if number % 10 == 9:
-                wrong = list(failures)[number // 10 % 3]
+                # A download is given up after 16 s of patience.
+                wrong = "half" if number in {59, 139} else choose.choice(["text", "other-base"])
                 url = server.url(f"/{wrong}/trained_model.tar")
                 answer = ask(served, {"prompt": "x", "replicate_weights": url})
                 assert answer["status"] == "failed"
