@@ -1,27 +1,25 @@
 """The command line: what `scripts/predict` runs, as `cog predict` without a container."""
 
 import argparse
-import contextlib
 import json
 import math
-import os
 import signal
 import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, NoReturn, TextIO
+from typing import Final
 
 from audiocraft.errors import AudiocraftError, InputError
 from audiocraft.serving import outputs
 from audiocraft.serving.arguments import parse_environment, parse_inputs, parse_json
+from audiocraft.serving.command import Parser, run, say, write_line
 from audiocraft.serving.device import DeviceCheck
 from audiocraft.serving.interface import Json
 from audiocraft.serving.schema import input_schema, write_schema
 from audiocraft.serving.server import CogServer, plain_message
 
 PROJECT: Final = Path(__file__).resolve().parents[2]
-_INTERRUPTED: Final = 130  # what a shell reports after Ctrl-C
 _TYPE_NAMES: Final = {
     "integer": "whole number",
     "number": "number",
@@ -29,13 +27,6 @@ _TYPE_NAMES: Final = {
     "string": "text",
     "array": "list",
 }
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser that raises instead of leaving with argparse's own exit status."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; {self.prog} --help shows what there is.")
 
 
 def main(arguments: Sequence[str] | None = None, *, project: Path = PROJECT) -> int:
@@ -49,20 +40,13 @@ def main(arguments: Sequence[str] | None = None, *, project: Path = PROJECT) -> 
         The exit status: 0, 1 after an error, 130 when interrupted.
     """
     given = sys.argv[1:] if arguments is None else arguments
-    try:
-        for number in (signal.SIGTERM, signal.SIGHUP):  # every way out stops the server
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for
-                signal.signal(number, signal.default_int_handler)
+
+    def command() -> None:
         if not given or given[0] != "predict":
             raise InputError("The first argument must be the command: predict.")
         _predict(given[1:], project)
-    except AudiocraftError as error:
-        _say(str(error))
-        return 1
-    except KeyboardInterrupt:
-        _say("Stopped.")
-        return _INTERRUPTED
-    return 0
+
+    return run(command)
 
 
 def _predict(flags: Sequence[str], project: Path) -> None:
@@ -79,25 +63,25 @@ def _predict(flags: Sequence[str], project: Path) -> None:
         parse_json(arguments.json, schema) if as_response else parse_inputs(arguments.input, schema)
     )
     if as_response and not target.has_json_name:
-        _say(f"Warning: -o {str(target.path)!r} will hold JSON, but does not end in .json.")
+        say(f"Warning: -o {str(target.path)!r} will hold JSON, but does not end in .json.")
     with (
         DeviceCheck() as device,
         CogServer(
             project,
-            log=_say,
+            log=say,
             setup_timeout=arguments.setup_timeout,
             environment=environment,
         ) as server,
     ):
         warning = device.warning()
         if warning is not None:
-            _say(warning)
+            say(warning)
         answer = server.predict(inputs)
     _deliver(answer, target)
 
 
-def _parser(program: str, schema: Json) -> _Parser:
-    parser = _Parser(
+def _parser(program: str, schema: Json) -> Parser:
+    parser = Parser(
         prog=program,
         description="Makes music on Cog's own server, without a container.",
         epilog=_describe(schema),
@@ -197,9 +181,9 @@ def _deliver(answer: Json, target: outputs.Target) -> None:
     is_list = isinstance(output, list)
     files = outputs.write_files(outputs.files_of(output), target, number=is_list)
     for path in files:
-        _say(f"Written output to: {path}")
+        say(f"Written output to: {path}")
     if succeeded and output is None:
-        _say("Warning: no output was generated.")
+        say("Warning: no output was generated.")
     if target.as_response:
         if files:
             paths = [str(path) for path in files]
@@ -215,32 +199,14 @@ def _put(text: str, target: outputs.Target) -> None:
     """Writes text to where `-o` says, else to standard output."""
     if target.named:
         outputs.write_file(target.path, f"{text}\n".encode())
-        _say(f"Written output to: {target.path}")
+        say(f"Written output to: {target.path}")
         return
     if sys.stdout is None:  # as it is where it was closed
         raise InputError("Standard output is closed; name a file with -o.")
     try:
-        _write(sys.stdout, text)
+        write_line(sys.stdout, text)
     except OSError as error:
         raise InputError(f"Standard output cannot be written: {error}.") from error
-
-
-def _say(text: str) -> None:
-    # Nobody may be there to listen, as in `2>&1 | head`; the music is still to be made.
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError):
-            _write(sys.stderr, text)
-
-
-def _write(stream: TextIO, text: str) -> None:
-    try:
-        stream.write(f"{text}\n")
-        stream.flush()
-    except OSError:
-        # What is left in its buffer would fail once more at the end of the process.
-        with Path(os.devnull).open("wb") as nowhere:
-            os.dup2(nowhere.fileno(), stream.fileno())
-        raise
 
 
 if __name__ == "__main__":

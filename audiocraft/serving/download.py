@@ -1,33 +1,24 @@
 """The command that fetches what versions need: `scripts/download`."""
 
-import argparse
 import logging
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final
 
 from audiocraft.assets import store
 from audiocraft.assets.download import check_space, partial_path, show_size
 from audiocraft.assets.parts import writing
 from audiocraft.assets.remote import Remote
 from audiocraft.errors import AudiocraftError, InputError
+from audiocraft.serving.command import Parser, run, say
 
-_INTERRUPTED: Final = 130  # what a shell reports after Ctrl-C
 _BUNDLED: Final = "tiny"
 _SUFFIXES: Final = (".safetensors", ".bin")
 _LARGEST_POINTER: Final = 1_000_000  # bytes; a codec has some 236 million
 _NAMES: Final = (*store.RELEASES, _BUNDLED, *store.PARTS)
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser that raises instead of leaving with argparse's own exit status."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; {self.prog} --help shows what there is.")
 
 
 def main(
@@ -42,25 +33,18 @@ def main(
     Returns:
         The exit status: 0, 1 after an error, 130 when interrupted.
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for
-            signal.signal(number, signal.default_int_handler)
-    try:
+
+    def command() -> None:
         given = _parser().parse_args(arguments)
         _check_names(given.names)
         with _log_to_stderr():
             _fetch(_Plan(labels_url), given.names, train=given.train)
-    except AudiocraftError as error:
-        _say(str(error))
-        return 1
-    except KeyboardInterrupt:
-        _say("Stopped; the same command goes on from here.")
-        return _INTERRUPTED
-    return 0
+
+    return run(command, "Stopped; the same command goes on from here.")
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="scripts/download",
         description="Fetches what versions of MusicGen need, so that they run without a network.",
         allow_abbrev=False,
@@ -88,11 +72,11 @@ def _fetch(plan: "_Plan", names: Sequence[str], *, train: bool) -> None:
     folder = store.store_dir()
     missing = plan.missing.values()
     if not missing:
-        _say("Everything is there.")
+        say("Everything is there.")
         return
     unknown = any(item.remote.size is None for item in missing)
     total = sum((item.remote.size or 0) for item in missing)
-    _say(
+    say(
         f"To fetch: {'at least ' if unknown else ''}{show_size(total)}, into {folder}",
     )
     with writing("What is missing", folder):
@@ -100,7 +84,7 @@ def _fetch(plan: "_Plan", names: Sequence[str], *, train: bool) -> None:
         check_space("What is missing", folder, total - begun)
     for item in missing:
         store.fetch_remote(item.remote, item.target, item.name)
-    _say("Everything is there now.")
+    say("Everything is there now.")
 
 
 @dataclass(frozen=True)
@@ -150,11 +134,11 @@ class _Plan:
     def show(self, name: str) -> None:
         """Print what was added since the last time."""
         if not self._lines:
-            _say(f"{name} comes with this package and needs nothing more.")
+            say(f"{name} comes with this package and needs nothing more.")
             return
-        _say(f"{name} needs {show_size(self._total)}:")
+        say(f"{name} needs {show_size(self._total)}:")
         for file, state in self._lines.items():
-            _say(f"  {file}: {state}")
+            say(f"  {file}: {state}")
         self._lines, self._total = {}, 0
 
     def _add_part(self, name: str) -> None:
@@ -267,11 +251,6 @@ def _log_to_stderr() -> Iterator[None]:
         yield
     finally:
         package.removeHandler(handler)
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
 
 
 if __name__ == "__main__":
