@@ -297,6 +297,23 @@ def sharing_copy(lm: LMModel) -> LMModel:
     return copy.deepcopy(lm, memo)
 
 
+def merged_state(state: Mapping[str, Tensor], tuned: FineTune) -> dict[str, Tensor]:
+    """A language model's tensors with an adapter added where it is for them.
+
+    Args:
+        state: of the adapter's base, by name; its tensors are not changed.
+        tuned: an adapter.
+
+    Returns:
+        All tensors by their official names: new ones where the adapter is for them.
+
+    Raises:
+        WeightsError: the adapter is for other weights.
+    """
+    named = {official_key(key): tensor for key, tensor in state.items()}
+    return named | dict(_merged(dict(named), tuned))
+
+
 def merge_adapter(lm: LMModel, tuned: FineTune) -> None:
     """Replace the weights that an adapter is for by ones with the adapter added.
 
@@ -309,29 +326,38 @@ def merge_adapter(lm: LMModel, tuned: FineTune) -> None:
     Raises:
         WeightsError: the adapter is for other weights.
     """
-    assert tuned.lora is not None
-    state = tuned.checkpoint.state
-    weights = {
-        key: weight for key, weight in lm.named_parameters() if key.endswith(tuned.lora.targets)
-    }
-    fitting = {
+    with torch.no_grad():
+        # One after the other, so that where nobody else has the old ones both are there just once.
+        for key, weight in _merged(dict(lm.named_parameters()), tuned):
+            module, _, attribute = key.rpartition(".")
+            setattr(lm.get_submodule(module), attribute, nn.Parameter(weight))
+
+
+def _merged(weights: dict[str, Tensor], tuned: FineTune) -> Iterator[tuple[str, Tensor]]:
+    """Name and merged weight, one by one, after all of the adapter was checked.
+
+    Args:
+        weights: by name; each is let go of when it is merged.
+        tuned: an adapter.
+    """
+    lora, state = tuned.lora, tuned.checkpoint.state
+    assert lora is not None
+    names = [key for key in weights if key.endswith(lora.targets)]
+    fitting = [
         key
-        for key, weight in weights.items()
-        if weight.dim() == 2  # noqa: PLR2004
+        for key in names
+        if weights[key].dim() == 2  # noqa: PLR2004 - (out, in)
         and key + _A in state
-        and state[key + _A].shape[1] == weight.shape[1]
-        and state[key + _B].shape[0] == weight.shape[0]
-    }
-    if fitting != weights.keys() or 2 * len(weights) != len(state):
+        and state[key + _A].shape[1] == weights[key].shape[1]
+        and state[key + _B].shape[0] == weights[key].shape[0]
+    ]
+    if len(fitting) != len(names) or 2 * len(names) != len(state):
         raise WeightsError(
             f"{tuned.checkpoint.name} is an adapter for other weights than those of {tuned.base}: "
             f"{len(fitting)} of {len(state) // 2} fit."
         )
-    with torch.no_grad():
-        for key, weight in weights.items():
-            merged = merge(weight, state[key + _A], state[key + _B], tuned.lora.scale)
-            module, _, attribute = key.rpartition(".")
-            setattr(lm.get_submodule(module), attribute, nn.Parameter(merged))
+    for key in names:
+        yield key, merge(weights.pop(key), state[key + _A], state[key + _B], lora.scale)
 
 
 def save_finetune(

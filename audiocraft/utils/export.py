@@ -1,15 +1,27 @@
-"""Release files from training checkpoints, as the official package writes them."""
+"""Release files from training checkpoints and fine-tunes, as the official package writes them."""
 
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from audiocraft import __version__
-from audiocraft.errors import WeightsError
-from audiocraft.models.loaders import read_checkpoint
+from audiocraft.errors import InputError, WeightsError
+from audiocraft.models.finetunes import FineTune, check_base, merged_state, read_finetune
+from audiocraft.models.loaders import (
+    CODEC_FILE,
+    LM_FILE,
+    find_file,
+    official_key,
+    read_checkpoint,
+    text_encoder_of,
+)
+from audiocraft.models.versions import VERSIONS
 
 
 def export_lm(checkpoint_path: Path | str, out_file: Path | str) -> Path:
@@ -36,6 +48,67 @@ def export_encodec(checkpoint_path: Path | str, out_file: Path | str) -> Path:
 def export_pretrained_compression_model(pretrained_encodec: str, out_file: Path | str) -> Path:
     """Write a pointer to a codec, such as `facebook/encodec_32khz`, instead of its weights."""
     return _write({"pretrained": pretrained_encodec}, out_file)
+
+
+def export_release(weights: Path | str, folder: Path | str, version: str | None = None) -> Path:
+    """Write a fine-tune as a release folder, which the official package loads as well.
+
+    Args:
+        weights: file of fine-tuned weights; an adapter is merged into its base.
+        folder: to write; it must not be there, or be empty.
+        version: base of weights that name none, which gives codec and text encoder.
+
+    Returns:
+        The folder, with `state_dict.bin` in 16 bit, `compression_state_dict.bin`, and the base's
+        text encoder where that carries one of its own.
+
+    Raises:
+        InputError: the folder holds something, or the base is not known.
+        WeightsError: the file holds no fine-tuned MusicGen, or one for another base.
+        AssetError: a file of the base cannot be fetched.
+    """
+    out = Path(folder)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} is there already; name a folder that is not, or an empty one.")
+    path = Path(weights)
+    if not path.is_file():
+        raise InputError(f"There is no file {path}; give a file of fine-tuned weights.")
+    tuned = read_finetune(path)
+    base = tuned.base or version
+    if base not in VERSIONS:
+        said = "does not name its base" if base is None else f"cannot be based on {base}"
+        raise InputError(f"{path.name} {said}: give the version, one of {', '.join(VERSIONS)}.")
+    codec = find_file(VERSIONS[base].source, CODEC_FILE)
+    state, cfg = _whole(tuned, base)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as unfinished:
+        new = Path(unfinished) / out.name
+        half = {key: tensor.to(torch.float16) for key, tensor in state.items()}
+        _write({"best_state": half, "xp.cfg": cfg}, new / f"{LM_FILE}.bin")
+        pointed = read_checkpoint(codec).pretrained
+        if pointed is None:
+            export_encodec(codec, new / f"{CODEC_FILE}.bin")
+        else:
+            export_pretrained_compression_model(pointed, new / f"{CODEC_FILE}.bin")
+        text_encoder = text_encoder_of(codec)
+        if text_encoder is not None:
+            shutil.copytree(text_encoder, new / text_encoder.name)
+        if out.exists():
+            out.rmdir()
+        new.rename(out)
+    return out
+
+
+def _whole(tuned: FineTune, base: str) -> tuple[Mapping[str, Tensor], str]:
+    """All tensors of the language model, and its configuration as YAML."""
+    state, cfg = tuned.checkpoint.state, tuned.cfg
+    if tuned.lora is not None or cfg is None:
+        checkpoint = read_checkpoint(find_file(VERSIONS[base].source, LM_FILE))
+        cfg = checkpoint.cfg
+        if tuned.lora is not None:
+            check_base(tuned)
+            state = merged_state(checkpoint.state, tuned)
+    return {official_key(key): tensor for key, tensor in state.items()}, OmegaConf.to_yaml(cfg)
 
 
 def _export(checkpoint_path: Path | str, out_file: Path | str) -> Path:
