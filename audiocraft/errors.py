@@ -57,3 +57,7 @@ class DownloadError(AssetError):
 
 class UnreachableError(DownloadError):
     """There is no network, or no server at its other end."""
+
+
+class TrainingError(AudiocraftError):
+    """A training has failed, or one of its processes."""

@@ -1,0 +1,46 @@
+"""The process between a caller and its ranks: `python -m audiocraft.solvers.agent`.
+
+Arguments: descriptor of the caller's pipe, folder for what went wrong, number of processes, module,
+and the module's arguments.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+AGENT = "MUSICGEN_AGENT"
+"""Variable that tells a rank its agent's process."""
+FOLDER = "MUSICGEN_JOB_FOLDER"
+"""Variable that tells a rank where to leave what went wrong."""
+
+
+def main() -> int:
+    """Runs the ranks and returns the exit status."""
+    watched, folder, processes, module, *arguments = sys.argv[1:]
+    threading.Thread(target=_end_with_caller, args=(int(watched),), daemon=True).start()
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    os.environ |= {AGENT: str(os.getpid()), FOLDER: folder}
+    flags = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", processes]
+    try:
+        given = parse_args([*flags, "-m", "audiocraft.solvers.rank", module, *arguments])  # type: ignore[no-untyped-call]
+        run(given)  # type: ignore[no-untyped-call]
+    except ChildFailedError as error:
+        failures = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        (Path(folder) / "agent.json").write_text(json.dumps(failures))
+        return 1
+    return 0
+
+
+def _end_with_caller(watched: int) -> None:
+    """The pipe closes when the caller lets go of it, or dies."""
+    os.read(watched, 1)
+    os.kill(os.getpid(), signal.SIGKILL)  # which ends the ranks, see `rank.py`
+
+
+if __name__ == "__main__":
+    sys.exit(main())

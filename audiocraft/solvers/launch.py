@@ -1,0 +1,166 @@
+"""Several processes as one job: started, listened to, and ended together, whatever ends first.
+
+The caller starts an agent (`agent.py`), which runs torch's own launcher; that starts one rank per
+device (`rank.py`). Three ties see to it that none outlives another: the agent ends when the pipe
+from its caller closes, a rank when its agent dies, and the launcher ends all ranks when one fails.
+"""
+
+import codecs
+import contextlib
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from audiocraft.errors import TrainingError
+
+_POLL_S: Final = 0.1
+_END_S: Final = 10.0
+
+
+def launch(
+    module: str,
+    arguments: Sequence[str],
+    processes: int,
+    log: Callable[[str], None],
+    environment: Mapping[str, str] | None = None,
+) -> None:
+    """Run a module in several processes of `torch.distributed` and wait for the end of all.
+
+    Whatever is raised here meanwhile, such as a cancelation, ends every process first.
+
+    Args:
+        module: run as `python -m` runs it, in each process; the ranks find each other by
+            `torch.distributed.init_process_group`.
+        arguments: its arguments.
+        processes: how many.
+        log: takes each line that any of them prints, as it comes.
+        environment: variables beside those of this process.
+
+    Raises:
+        TrainingError: a process failed, with its own message, or was killed.
+    """
+    with tempfile.TemporaryDirectory(prefix="musicgen-job-") as folder:
+        watched, lifeline = os.pipe()
+        command = [sys.executable, "-m", "audiocraft.solvers.agent"]
+        command += [str(watched), folder, str(processes), module, *arguments]
+        try:
+            process = subprocess.Popen(  # noqa: S603 - our own interpreter and modules
+                command,
+                env=_environment(processes, environment or {}),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=[watched],
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(lifeline)
+            raise
+        finally:
+            os.close(watched)
+        assert process.stdout is not None
+        output = process.stdout.fileno()
+        try:
+            for line in _lines(output, process):
+                log(line)
+            process.wait()
+        finally:
+            os.close(lifeline)
+            _end(process, output)
+        if process.returncode:
+            raise TrainingError(_reason(Path(folder), process.returncode))
+
+
+def _environment(processes: int, more: Mapping[str, str]) -> dict[str, str]:
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    package = str(Path(__file__).parents[2])
+    paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        **os.environ,
+        "PYTHONPATH": paths,
+        "PYTHONUNBUFFERED": "1",
+        **more,
+    }
+
+
+def _lines(output: int, process: "subprocess.Popen[bytes]") -> Iterator[str]:
+    """Lines of a pipe until all who write to it have ended.
+
+    It is polled: what is raised in a thread that waits is heard only when the wait is over.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    text, deadline = "", None
+    while True:
+        if select.select([output], [], [], _POLL_S)[0]:
+            data = os.read(output, 65536)
+            text += decoder.decode(data, final=not data)
+            *lines, text = re.split(r"[\r\n]", text)
+            yield from filter(None, lines)
+            if not data:
+                break
+        elif process.poll() is not None:  # and yet somebody holds its output
+            deadline = deadline or time.monotonic() + _END_S
+            if time.monotonic() > deadline:
+                break
+    if text:
+        yield text
+
+
+def _end(process: "subprocess.Popen[bytes]", output: int) -> None:
+    """Kill what is left, and see that it is gone: the pipe closes with its last writer."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + _END_S
+    while time.monotonic() < deadline:
+        if select.select([output], [], [], _POLL_S)[0] and not os.read(output, 65536):
+            break
+    assert process.stdout is not None
+    process.stdout.close()
+
+
+def _reason(folder: Path, status: int) -> str:
+    """What went wrong first, from what agent and ranks have left."""
+    said = [_read(path) for path in sorted(folder.glob("rank-*.json"))]
+    failures: dict[str, int] = _read(folder / "agent.json")
+    killed = {
+        rank: -code for rank, code in failures.items() if code < 0 and code != -signal.SIGTERM
+    }
+    if killed:
+        rank, number = min(killed.items())
+        hint = ", most likely for lack of memory" if number == signal.SIGKILL else ""
+        return f"Training process {rank} was killed by {_name(number)}{hint}."
+    if said:
+        first = min(said, key=lambda item: item["time"])
+        return f"Training process {first['rank']} failed: {first['message']}"
+    if failures:
+        rank, code = min(failures.items())
+        return f"Training process {rank} ended with status {code}."
+    how = f"was killed by {_name(-status)}" if status < 0 else f"ended with status {status}"
+    return f"The launcher of the training processes {how}."
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What was left; nothing where the writer was killed before or while it wrote."""
+    try:
+        value: dict[str, Any] = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return value

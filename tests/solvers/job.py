@@ -1,0 +1,43 @@
+"""A rank of a small job: joins the others, and does what it is told."""
+
+import os
+import signal
+import sys
+import time
+
+import torch
+from torch import distributed
+
+from audiocraft.errors import InputError
+
+
+def main() -> None:
+    """Arguments: what to do, and the rank that does it."""
+    action, who = sys.argv[1], int(sys.argv[2])
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    total = torch.tensor([rank + 1])
+    distributed.all_reduce(total)
+    print(f"rank {rank} of {distributed.get_world_size()}, pid {os.getpid()}, sum {total.item()}")
+    print(f"agent {os.getppid()}")
+    distributed.barrier()
+    if action == "wait":
+        print("ready")
+        while True:
+            distributed.all_reduce(total)
+            time.sleep(0.01)
+    if rank == who:
+        time.sleep(0.2)
+        if action == "raise":
+            raise InputError("batch_size is wrong.")
+        if action == "exit":
+            sys.exit(3)
+        if action == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+    if action != "end":
+        distributed.barrier()
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

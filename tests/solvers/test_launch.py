@@ -1,0 +1,172 @@
+"""Jobs of real processes: nothing of them lives on, whichever of them ends first."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from audiocraft.errors import TrainingError
+from audiocraft.solvers.launch import launch
+from tests.serving.client import assert_gone, is_alive
+
+ROOT = Path(__file__).parents[2]
+JOB = "tests.solvers.job"
+
+
+def run(action, who=0, processes=2, log=None):
+    lines = []
+    try:
+        launch(JOB, [action, str(who)], processes, log or lines.append)
+    finally:
+        assert_gone(pids("\n".join(lines)), 1.0)
+    return "\n".join(lines)
+
+
+def pids(text):
+    return [int(pid) for pid in re.findall(r"(?:pid|agent) (\d+)", text)]
+
+
+def test_ranks_find_each_other_and_their_lines_arrive():
+    text = run("end")
+    assert {f"rank {rank} of 2" for rank in (0, 1)} <= set(re.findall(r"rank \d of \d", text))
+    assert re.findall(r"sum (\d+)", text) == ["3", "3"]
+
+
+@pytest.mark.slow
+def test_eight_processes():
+    text = run("end", processes=8)
+    assert re.findall(r"sum (\d+)", text) == ["36"] * 8
+
+
+@pytest.mark.slow
+def test_a_single_process():
+    assert "rank 0 of 1" in run("end", processes=1)
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        pytest.param(
+            "raise",
+            r"^Training process 1 failed: batch_size is wrong\.$",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "exit",
+            r"^Training process 1 ended with status 3\.$|^Training process 0 failed",
+            marks=pytest.mark.slow,
+        ),
+        ("kill", r"^Training process 1 was killed by SIGKILL, most likely for lack of memory\.$"),
+    ],
+)
+def test_a_rank_that_fails_ends_the_job_with_its_reason(action, message):
+    begin = time.monotonic()
+    with pytest.raises(TrainingError, match=message):
+        run(action, who=1)
+    assert time.monotonic() - begin < 30
+
+
+@pytest.mark.slow
+def test_a_module_that_is_not_there():
+    with pytest.raises(TrainingError, match=r"failed: No module named tests\.solvers\.nothing"):
+        launch("tests.solvers.nothing", [], 1, lambda _: None)
+
+
+class Stop(BaseException):
+    """As Cog's cancelation is one."""
+
+
+@pytest.mark.slow
+def test_what_is_raised_meanwhile_ends_all():
+    lines = []
+
+    def log(line):
+        lines.append(line)
+        if line == "ready":
+            raise Stop
+
+    with pytest.raises(Stop):
+        launch(JOB, ["wait", "0"], 2, log)
+    assert_gone(pids("\n".join(lines)), 1.0)
+
+
+@pytest.mark.slow
+def test_what_is_raised_from_outside_ends_all():
+    """While nothing is printed, by the way that Cog takes."""
+    import ctypes
+
+    lines, raised = [], []
+
+    def work():
+        try:
+            launch(JOB, ["wait", "0"], 2, lines.append)
+        except Stop:
+            raised.append(time.monotonic())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while "ready" not in lines:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    begin = time.monotonic()
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(Stop))
+    thread.join(15)
+    assert raised
+    assert raised[0] - begin < 10
+    assert_gone(pids("\n".join(lines)), 1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["rank", "agent", "caller"])
+@pytest.mark.parametrize("moment", ["working", "starting"])
+def test_whoever_is_killed_takes_the_others_along(victim, moment):
+    """`kill -9`; within 10 s no process of the job lives."""
+    code = (
+        "from audiocraft.solvers.launch import launch\n"
+        f"launch({JOB!r}, ['wait', '0'], 2, lambda line: print(line, flush=True))"
+    )
+    caller = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    text = ""
+    if moment == "working":
+        while "ready" not in text:
+            text += caller.stdout.readline()
+        job = set(pids(text))
+        (agent,) = {int(pid) for pid in re.findall(r"agent (\d+)", text)}
+        rank = next(iter(job - {agent}))
+    else:
+        agent = rank = None
+        while rank is None:
+            agent = agent or next(iter(children(caller.pid)), None)
+            rank = next(iter(children(agent)), None) if agent else None
+            assert caller.poll() is None
+        job = {agent, *children(agent)}
+    os.kill({"rank": rank, "agent": agent, "caller": caller.pid}[victim], signal.SIGKILL)
+    assert_gone([*job, caller.pid] if victim == "caller" else [*job], 10.0)
+    rest = caller.communicate(timeout=10)[0]
+    expected = {
+        "rank": "was killed by SIGKILL, most likely",
+        "agent": "The launcher of the training processes was killed by SIGKILL.",
+        "caller": "",
+    }
+    assert expected[victim] in rest
+    assert not any(map(is_alive, job))
+
+
+def children(pid):
+    try:
+        tasks = list(Path(f"/proc/{pid}/task").iterdir())
+        return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    except OSError:
+        return []
