@@ -255,14 +255,18 @@ def text_encoder_of(path: Path) -> Path | None:
 
 
 def build_lm_model(
-    checkpoint: Checkpoint, text_encoder: Path | None, device: torch.device | str
+    checkpoint: Checkpoint,
+    text_encoder: Path | None,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
 ) -> LMModel:
-    """The language model of a checkpoint: float32 on the CPU, float16 elsewhere, evaluating.
+    """The language model of a checkpoint, in evaluation mode.
 
     Args:
         checkpoint: tensors and configuration.
         text_encoder: folder of the text encoder, instead of the name in the configuration.
         device: where it will run.
+        dtype: of the weights; float32 on the CPU and float16 elsewhere, if not given.
 
     Raises:
         WeightsError: this is not a MusicGen language model.
@@ -277,7 +281,8 @@ def build_lm_model(
         _check_depth(name, cfg, state)
         with torch.device("meta"):
             model = get_lm_model(cfg, text_encoder)
-    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
+    if dtype is None:
+        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
     assign_state(model, state, device, dtype, name)
     for conditioner in model.condition_provider.conditioners.values():
         if isinstance(conditioner, ChromaStemConditioner):

@@ -255,11 +255,24 @@ class ChromaStemConditioner(nn.Module):
             chroma = self._compute_chroma(condition)
         if self.match_len_on_eval and not self.training:
             chroma = self._match_length(chroma)
-        embeds = self.output_proj(chroma.to(self.output_proj.weight.dtype))
-        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        mask = torch.ones(chroma.shape[:2], dtype=torch.long, device=chroma.device)
         if self.use_masking:
-            frame = torch.arange(embeds.shape[1], device=embeds.device)
-            mask = (frame < condition.length[:, None] / self.chroma.winhop).long()
+            mask = self.length_mask(condition.length, chroma.shape[1])
+        return self.project(chroma, mask)
+
+    def length_mask(self, length: Tensor, frames: int) -> Tensor:
+        """(B, frames), 1 for the frames of chroma that begin before a clip's end.
+
+        Args:
+            length: (B,) samples of each clip.
+            frames: of chroma in the batch.
+        """
+        frame = torch.arange(frames, device=length.device)
+        return (frame < length[:, None] / self.chroma.winhop).long()
+
+    def project(self, chroma: Tensor, mask: Tensor) -> ConditionType:
+        """Encode chroma (B, T, n_chroma) that was computed before; `mask` (B, T) zeroes frames."""
+        embeds = self.output_proj(chroma.to(self.output_proj.weight.dtype))
         return embeds * mask[..., None], mask
 
 
