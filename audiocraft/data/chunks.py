@@ -1,0 +1,290 @@
+"""Which pieces of which files a model is trained on.
+
+Each file is decoded once, whole, to learn that it can be, how long it is and where it is silent;
+what was learnt is kept, so that a second run decodes nothing. A chunk stays a reference: a file, a
+start and a length. Nothing is cut or rounded on disk, the user's own files serve in place, and a
+later stage that makes a new file of each (without vocals, say) points the same chunks at it.
+To decode again is hundreds of times faster than what those stages do with the samples.
+"""
+
+import _thread
+import json
+import logging
+import os
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any, Final, TypeVar
+
+from audiocraft.assets.parts import read_json, write_json
+from audiocraft.data.archive import LeftOut
+from audiocraft.data.audio import audio_read
+from audiocraft.data.files import AudioFile
+from audiocraft.errors import AudioFileError
+from audiocraft.progress import ProgressLog
+
+logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+CONTEXT_S: Final = 30.0
+"""Seconds that a released model is trained on at a time."""
+SHORTEST_S: Final = 5.0
+"""Seconds below which a file, or what is left of one, is of no use."""
+SILENCE: Final = 1e-4
+"""Peak, -80 dB of full scale, that 16-bit dither stays below."""
+
+_POLL_S: Final = 0.1
+# Containers that people tag. What was decoded is one of a known few already; this keeps ffprobe
+# from taking it for a playlist, which would name other files.
+_TAGGED: Final = "aac,aiff,ape,asf,avi,caf,flac,flv,matroska,mov,mp3,mpc,mpc8,ogg,tta,w64,wav,wv"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of a file, to be read by `audio_read(path, start, duration)`.
+
+    Attributes:
+        path: of the file.
+        start: seconds.
+        duration: seconds, of at least `shortest`.
+    """
+
+    path: Path
+    start: float
+    duration: float
+
+    def span(self, sample_rate: int) -> slice:
+        """Its samples within the whole file at a rate, Hz."""
+        begin = round(self.start * sample_rate)
+        return slice(begin, begin + round(self.duration * sample_rate))
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A file that is used.
+
+    Attributes:
+        file: as it was found.
+        sample_rate: Hz.
+        channels: how many.
+        duration: seconds.
+        tags: the file's own, by lower-case name, such as title, artist, genre and comment.
+        chunks: in order.
+        silent: how many more were left out, because nothing is heard in them.
+    """
+
+    file: AudioFile
+    sample_rate: int
+    channels: int
+    duration: float
+    tags: Mapping[str, str]
+    chunks: tuple[Chunk, ...]
+    silent: int
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Files that were cut into chunks.
+
+    Attributes:
+        clips: what is used, in the order of the files.
+        left_out: what is not.
+    """
+
+    clips: tuple[Clip, ...]
+    left_out: tuple[LeftOut, ...]
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """What is kept of a decoded file: samples per second, their number, tags, peak by chunk."""
+
+    sample_rate: int
+    channels: int
+    frames: int
+    tags: dict[str, str]
+    peaks: list[float]
+
+
+def cut(
+    files: Sequence[AudioFile],
+    folder: Path,
+    *,
+    context: float = CONTEXT_S,
+    shortest: float = SHORTEST_S,
+    workers: int | None = None,
+) -> Cut:
+    """Decode files and cut them into chunks.
+
+    Args:
+        files: candidates.
+        folder: of the job, made if missing; what was learnt of each file lies there by its hash.
+        context: seconds of a chunk.
+        shortest: seconds; shorter files, and what is left of longer ones, are left out.
+        workers: files that are decoded at a time, whole in memory; as many as there are
+            processors by default, up to 4.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    known = {file.sha256: _read(_note(folder, file, context)) for file in files}
+    # Equal files are decoded once.
+    missing = list({file.sha256: file for file in files if not known[file.sha256]}.values())
+    reasons: dict[str, str] = {}
+    progress = ProgressLog(logger, "files", "decoding the dataset")
+    workers = workers or min(4, os.cpu_count() or 1)
+    results = each(lambda file: _decode(file, context), missing, workers)
+    for done, (file, result) in enumerate(results, 1):
+        if isinstance(result, _Decoded):
+            write_json(_note(folder, file, context), asdict(result))
+            known[file.sha256] = result
+        else:
+            reasons[file.sha256] = result
+        progress.update(done, len(missing))
+    clips, left_out = [], []
+    for file in files:
+        decoded = known[file.sha256]
+        clip = (
+            reasons[file.sha256] if decoded is None else _cut_file(file, decoded, context, shortest)
+        )
+        if isinstance(clip, Clip):
+            clips.append(clip)
+        else:
+            logger.warning("%s is left out: it %s.", file.name, clip)
+            left_out.append(LeftOut(file.name, clip))
+    return Cut(tuple(clips), tuple(left_out))
+
+
+def _cut_file(file: AudioFile, decoded: _Decoded, context: float, shortest: float) -> Clip | str:
+    """A file's chunks, or why it has none."""
+    rate, frames = decoded.sample_rate, decoded.frames
+    if frames < shortest * rate:
+        return f"is shorter than {shortest:g} s ({frames / rate:.2f} s)"
+    chunks, silent = [], 0
+    step = round(context * rate)
+    for start, peak in zip(range(0, frames, step), decoded.peaks, strict=True):
+        length = min(step, frames - start)
+        if length < shortest * rate and length < step:
+            continue
+        if peak < SILENCE:
+            silent += 1
+        else:
+            chunks.append(Chunk(file.path, start / rate, length / rate))
+    if not chunks:
+        return "is silent"
+    return Clip(file, rate, decoded.channels, frames / rate, decoded.tags, tuple(chunks), silent)
+
+
+def _decode(file: AudioFile, context: float) -> _Decoded | str:
+    """What a file holds, or why it is of no use."""
+    try:
+        wav, rate = audio_read(file.path)
+    except AudioFileError as error:
+        # The file bears a name of its own here, the report gives the user's.
+        return str(error).removeprefix(file.path.name).strip(" .")
+    step = round(context * rate)
+    pieces = (wav[:, start : start + step] for start in range(0, wav.shape[1], step))
+    peaks = [max(abs(float(end)) for end in piece.aminmax()) for piece in pieces]
+    return _Decoded(rate, wav.shape[0], wav.shape[1], read_tags(file.path), peaks)
+
+
+def _note(folder: Path, file: AudioFile, context: float) -> Path:
+    return folder / f"{file.sha256}-{context:g}s.json"
+
+
+def _read(note: Path) -> _Decoded | None:
+    value = read_json(note)
+    return _Decoded(**value) if value else None
+
+
+def read_tags(path: Path) -> dict[str, str]:
+    """A file's own tags, by lower-case name.
+
+    Containers keep them for all of the file or for a stream; those of the music come first, and
+    those of pictures and films do not count.
+
+    Args:
+        path: a file that was decoded.
+
+    Returns:
+        Nothing where there are none, or no ffprobe to read them.
+    """
+    ffprobe = shutil.which("ffprobe")
+    if ffprobe is None:
+        logger.warning("ffprobe is not installed, so the tags of %s are not read.", path.name)
+        return {}
+    command = [ffprobe, "-v", "error", "-format_whitelist", _TAGGED, "-select_streams", "a:0"]
+    command += ["-show_entries", "format_tags:stream_tags", "-of", "json", "file:/dev/stdin"]
+    with path.open("rb") as file:
+        done = subprocess.run(  # noqa: S603 - no shell, and nothing of a user's in the command
+            command, stdin=file, capture_output=True, check=False
+        )
+    if done.returncode:  # a format without tags, such as a raw one
+        logger.debug("No tags in %s: %s", path.name, done.stderr.decode(errors="replace").strip())
+        return {}
+    answer: dict[str, Any] = json.loads(done.stdout.decode(errors="replace"))
+    sections = [answer.get("format", {}), *answer.get("streams", [])]
+    return {
+        name.lower(): value.strip()
+        for section in sections
+        for name, value in section.get("tags", {}).items()
+        if value.strip()
+    }
+
+
+def each(
+    function: Callable[[_T], _R], items: Sequence[_T], workers: int
+) -> Iterator[tuple[_T, _R]]:
+    """Items with their results, as they come from threads.
+
+    Whoever leaves early, canceled or not, does not wait: each thread ends after its item. They are
+    started without waiting for them, because what is raised from outside in that moment, such as
+    Cog's cancelation, ends a new thread in Python 3.11, and `Thread.start` would wait for ever.
+
+    Args:
+        function: of one item; what it raises is raised here.
+        items: in the order in which they are begun.
+        workers: how many threads.
+    """
+    todo: SimpleQueue[_T] = SimpleQueue()
+    done: SimpleQueue[tuple[_T, _R] | BaseException] = SimpleQueue()
+    left, running = threading.Event(), SimpleQueue[None]()
+    for item in items:
+        todo.put(item)
+
+    def work() -> None:
+        try:
+            running.put(None)
+            while not left.is_set():
+                try:
+                    item = todo.get_nowait()
+                except Empty:
+                    return
+                done.put((item, function(item)))
+        except BaseException as error:  # noqa: BLE001 - raised again in the waiting thread
+            done.put(error)
+
+    try:
+        for _ in range(min(workers, len(items))):
+            _thread.start_new_thread(work, ())
+        for _ in items:
+            yield _next(done, lambda: running.empty() and _thread.start_new_thread(work, ()))
+    finally:
+        left.set()
+
+
+def _next(
+    done: SimpleQueue[tuple[_T, _R] | BaseException], unstick: Callable[[], object]
+) -> tuple[_T, _R]:
+    """The next result; waiting in steps, between which a cancelation gets through."""
+    while True:
+        with suppress(Empty):
+            result = done.get(timeout=_POLL_S)
+            if isinstance(result, BaseException):
+                raise result
+            return result
+        unstick()
