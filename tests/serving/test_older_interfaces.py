@@ -184,7 +184,7 @@ def change(name: str, aspect: str, value: object) -> Callable[[dict[str, Any]], 
         (change("duration", "maximum", 600), ("duration", "maximum")),
         (change("seed", "nullable", None), ("seed", "nullable")),
     ],
-    ids=str,
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_harm_is_noticed(harm: Callable[[dict[str, Any]], None], found: tuple[str, str]) -> None:
     old, new = SNAPSHOTS[META], copy.deepcopy(interface(training=False))
