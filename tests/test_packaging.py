@@ -33,7 +33,7 @@ PINS = {
     )
 }
 # By import name, where the package's is another.
-PACKAGES = {"yaml": "pyyaml"}
+PACKAGES = {"yaml": "pyyaml", "essentia": "essentia-tensorflow"}
 # What `pip install .` does not bring, and functions alone import: a notebook is the user's own.
 LAZY = {("utils", "IPython")}
 
