@@ -115,7 +115,7 @@ class Answer:
                 "timeout": httpx2.Timeout(STALL_S, connect=within).as_dict(),
             },
         )
-        _helper().put(partial(self._run, request))
+        start_thread(partial(self._run, request))
         try:
             head = self._next(within, answered=False)
         except BaseException:
@@ -193,6 +193,11 @@ class Answer:
 
 _Jobs = SimpleQueue[Callable[[], None]]
 _helpers: dict[int, _Jobs] = {}
+
+
+def start_thread(job: Callable[[], None]) -> None:
+    """Run a job in a thread of its own, from a thread that may be canceled; see `_helper`."""
+    _helper().put(job)
 
 
 def _helper() -> _Jobs:

@@ -7,7 +7,6 @@ later stage that makes a new file of each (without vocals, say) points the same 
 To decode again is hundreds of times faster than what those stages do with the samples.
 """
 
-import _thread
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Final, TypeVar
 
+from audiocraft.assets.exchange import start_thread
 from audiocraft.assets.parts import read_json, write_json
 from audiocraft.data.archive import LeftOut
 from audiocraft.data.audio import audio_read
@@ -241,9 +241,7 @@ def each(
 ) -> Iterator[tuple[_T, _R]]:
     """Items with their results, as they come from threads.
 
-    Whoever leaves early, canceled or not, does not wait: each thread ends after its item. They are
-    started without waiting for them, because what is raised from outside in that moment, such as
-    Cog's cancelation, ends a new thread in Python 3.11, and `Thread.start` would wait for ever.
+    Whoever leaves early, canceled or not, does not wait: each thread ends after its item.
 
     Args:
         function: of one item; what it raises is raised here.
@@ -252,13 +250,12 @@ def each(
     """
     todo: SimpleQueue[_T] = SimpleQueue()
     done: SimpleQueue[tuple[_T, _R] | BaseException] = SimpleQueue()
-    left, running = threading.Event(), SimpleQueue[None]()
+    left = threading.Event()
     for item in items:
         todo.put(item)
 
     def work() -> None:
         try:
-            running.put(None)
             while not left.is_set():
                 try:
                     item = todo.get_nowait()
@@ -270,16 +267,14 @@ def each(
 
     try:
         for _ in range(min(workers, len(items))):
-            _thread.start_new_thread(work, ())
+            start_thread(work)
         for _ in items:
-            yield _next(done, lambda: running.empty() and _thread.start_new_thread(work, ()))
+            yield _next(done)
     finally:
         left.set()
 
 
-def _next(
-    done: SimpleQueue[tuple[_T, _R] | BaseException], unstick: Callable[[], object]
-) -> tuple[_T, _R]:
+def _next(done: SimpleQueue[tuple[_T, _R] | BaseException]) -> tuple[_T, _R]:
     """The next result; waiting in steps, between which a cancelation gets through."""
     while True:
         with suppress(Empty):
@@ -287,4 +282,3 @@ def _next(
             if isinstance(result, BaseException):
                 raise result
             return result
-        unstick()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from audiocraft.assets.exchange import start_thread
 from audiocraft.data import chunks
 from audiocraft.data.audio import audio_read
 from audiocraft.data.chunks import SILENCE, Chunk, cut, each, read_tags
@@ -247,6 +248,8 @@ def test_a_cancelation_is_heard_and_leaves_nothing_running(tmp_path, delay):
     """Raised from outside, as Cog does, at any moment."""
     source = convert(SONG, tmp_path / "a.m4a")
     files = [AudioFile(f"{n}", source, hashlib.sha256(b"%d" % n).hexdigest()) for n in range(8)]
+    start_thread(lambda: None)  # the thread that starts others stays
+    time.sleep(0.2)
     before, outcome, ready = _thread._count(), [], threading.Event()
 
     def run():
@@ -258,7 +261,7 @@ def test_a_cancelation_is_heard_and_leaves_nothing_running(tmp_path, delay):
         except Canceled:
             outcome.append("canceled")
 
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     ready.wait()
     time.sleep(delay)
