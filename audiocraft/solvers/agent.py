@@ -6,6 +6,7 @@ and the module's arguments.
 
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -20,12 +21,13 @@ FOLDER = "MUSICGEN_JOB_FOLDER"
 def main() -> int:
     """Runs the ranks and returns the exit status."""
     watched, folder, processes, module, *arguments = sys.argv[1:]
-    threading.Thread(target=_end_with_caller, args=(int(watched),), daemon=True).start()
+    threading.Thread(target=_end_with_caller, args=(int(watched), folder), daemon=True).start()
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
     os.environ |= {AGENT: str(os.getpid()), FOLDER: folder}
     flags = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", processes]
+    flags += ["--log-dir", folder]  # else a folder of its own is left behind each time
     try:
         given = parse_args([*flags, "-m", "audiocraft.solvers.rank", module, *arguments])  # type: ignore[no-untyped-call]
         run(given)  # type: ignore[no-untyped-call]
@@ -36,9 +38,10 @@ def main() -> int:
     return 0
 
 
-def _end_with_caller(watched: int) -> None:
-    """The pipe closes when the caller lets go of it, or dies."""
+def _end_with_caller(watched: int, folder: str) -> None:
+    """The pipe closes when the caller lets go of it, or dies and cannot clean up."""
     os.read(watched, 1)
+    shutil.rmtree(folder, ignore_errors=True)
     os.kill(os.getpid(), signal.SIGKILL)  # which ends the ranks, see `rank.py`
 
 

@@ -125,8 +125,8 @@ def test_what_is_raised_from_outside_ends_all():
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["rank", "agent", "caller"])
 @pytest.mark.parametrize("moment", ["working", "starting"])
-def test_whoever_is_killed_takes_the_others_along(victim, moment):
-    """`kill -9`; within 10 s no process of the job lives."""
+def test_whoever_is_killed_takes_the_others_along(victim, moment, tmp_path):
+    """`kill -9`; within 10 s no process of the job lives, and its temporary files are gone."""
     code = (
         "from audiocraft.solvers.launch import launch\n"
         f"launch({JOB!r}, ['wait', '0'], 2, lambda line: print(line, flush=True))"
@@ -134,6 +134,7 @@ def test_whoever_is_killed_takes_the_others_along(victim, moment):
     caller = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=ROOT,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -162,6 +163,8 @@ def test_whoever_is_killed_takes_the_others_along(victim, moment):
     }
     assert expected[victim] in rest
     assert not any(map(is_alive, job))
+    if moment == "working":  # else torch may be about to make a folder
+        assert list(tmp_path.iterdir()) == []
 
 
 def children(pid):
