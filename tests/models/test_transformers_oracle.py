@@ -38,8 +38,11 @@ from transformers import (
 from audiocraft.models.builders import get_lm_model
 from audiocraft.models.encodec import CompressionModel, InterleaveStereoCompressionModel
 from audiocraft.models.lm import LMModel
-from audiocraft.models.loaders import load_compression_model
+from audiocraft.models.loaders import load_compression_model, load_models
+from audiocraft.models.versions import VERSIONS
 from audiocraft.modules.conditioners import ConditioningAttributes, WavCondition
+from audiocraft.utils.export import export_release
+from tests.releases import adapter, full_finetune, stand_in
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 TEXT_ENCODER = GOLDEN / "t5_tiny"
@@ -237,6 +240,12 @@ CONDITIONER = "condition_provider.conditioners."
 CHROMA_WINDOW = CONDITIONER + "self_wav.chroma.spec.window"
 
 
+def official_name(key: str) -> str:
+    for other, official in OFFICIAL_NAMES.items():
+        key = key.replace(other, official)
+    return key
+
+
 def official_state(model: Any) -> dict[str, Tensor]:
     """All weights of transformers' decoder and projections under the official names."""
     projections = {"description": model.enc_to_dec_proj}
@@ -249,9 +258,7 @@ def official_state(model: Any) -> dict[str, Tensor]:
     }
     theirs: Mapping[str, Tensor] = model.decoder.state_dict()
     for key, weight in theirs.items():
-        name = key
-        for other, official in OFFICIAL_NAMES.items():
-            name = name.replace(other, official)
+        name = official_name(key)
         if name.endswith("q_proj.weight"):
             qkv = [theirs[key.replace("q_proj", f"{x}_proj")] for x in "qkv"]
             state[name.replace("q_proj.weight", "in_proj_weight")] = torch.cat(qkv)
@@ -289,6 +296,29 @@ def move_weights(theirs: nn.Module, ours: LMModel) -> None:
     assert set(missing) <= {CHROMA_WINDOW}
 
 
+def take_official_state(model: Any, state: Mapping[str, Tensor]) -> None:
+    """The way back: give transformers' model all tensors of a release, none left over."""
+    left = {key: weight.float() for key, weight in state.items() if key != CHROMA_WINDOW}
+    packed = {key: left.pop(key) for key in list(left) if key.endswith("in_proj_weight")}
+    decoder = {}
+    for key in model.decoder.state_dict():
+        name = official_name(key)
+        projection = next((i for i, x in enumerate("qkv") if f".{x}_proj." in key), None)
+        if projection is None:
+            decoder[key] = left.pop(name)
+        else:
+            all_three = name.replace(f"{'qkv'[projection]}_proj.weight", "in_proj_weight")
+            decoder[key] = packed[all_three].chunk(3)[projection]
+    model.decoder.load_state_dict(decoder)
+    projections = {"description": model.enc_to_dec_proj}
+    if hasattr(model, "audio_enc_to_dec_proj"):
+        projections["self_wav"] = model.audio_enc_to_dec_proj
+    for condition, projection in projections.items():
+        prefix = f"{CONDITIONER}{condition}.output_proj."
+        projection.load_state_dict({n: left.pop(prefix + n) for n in projection.state_dict()})
+    assert not left
+
+
 @dataclass(frozen=True)
 class Case:
     """Both models of one shape and the same conditions for both.
@@ -317,6 +347,10 @@ def their_text(descriptions: tuple[str | None, ...]) -> dict[str, Tensor]:
 def text_case(shape: Shape) -> Case:
     theirs, ours = their_text_model(shape), our_model("lm_tiny_text_mono", shape)
     move_weights(theirs, ours)
+    return text_conditions(theirs, ours)
+
+
+def text_conditions(theirs: Any, ours: LMModel) -> Case:
     inputs = their_text(SAME_LENGTH)
     assert inputs["attention_mask"].all()
     conditions = [ConditioningAttributes({"description": text}) for text in SAME_LENGTH]
@@ -324,15 +358,20 @@ def text_case(shape: Shape) -> Case:
 
 
 def melody_case(shape: Shape, seconds: float) -> Case:
-    """The melody model, with texts of different lengths and one item without text.
-
-    Transformers gets our chroma (its own needs torchaudio; ours has the golden test `chroma`), in
-    its true length: both repeat or cut it to the context.
-    """
     ours = our_model("lm_tiny_melody", shape)
     conditioner: Any = ours.condition_provider.conditioners["self_wav"]
     theirs = their_melody_model(shape, conditioner.chroma_len)
     move_weights(theirs, ours)
+    return melody_conditions(theirs, ours, seconds)
+
+
+def melody_conditions(theirs: Any, ours: LMModel, seconds: float) -> Case:
+    """Melodies for the melody model, with texts of different lengths and one item without text.
+
+    Transformers gets our chroma (its own needs torchaudio; ours has the golden test `chroma`), in
+    its true length: both repeat or cut it to the context.
+    """
+    conditioner: Any = ours.condition_provider.conditioners["self_wav"]
     samples = int(seconds * SAMPLE_RATE)
     wavs = torch.randn(len(PADDED), 1, 1, samples, generator=torch.Generator().manual_seed(1))
     melodies = [WavCondition(wav, torch.tensor([samples]), [SAMPLE_RATE]) for wav in wavs]
@@ -361,11 +400,11 @@ def delayed_sequence(case: Case, shape: Shape) -> Tensor:
 
 
 @torch.no_grad()
-def assert_same_logits(case: Case, shape: Shape) -> None:
+def assert_same_logits(case: Case, shape: Shape, tolerance: float = LOGITS_TOLERANCE) -> None:
     sequence = delayed_sequence(case, shape)
     theirs = case.theirs(**case.inputs, decoder_input_ids=sequence.flatten(0, 1)).logits
     theirs = theirs.unflatten(0, (-1, shape.n_q))[:, :, -shape.steps :]  # a prefix has logits too
-    assert_close(case.ours(sequence, case.conditions), theirs, LOGITS_TOLERANCE)
+    assert_close(case.ours(sequence, case.conditions), theirs, tolerance)
 
 
 @each_shape
@@ -377,6 +416,31 @@ def test_text_model_has_the_logits_of_transformers(shape: Shape) -> None:
 @pytest.mark.parametrize("seconds", MELODY_SECONDS)
 def test_melody_model_has_the_logits_of_transformers(shape: Shape, seconds: float) -> None:
     assert_same_logits(melody_case(shape, seconds), shape)
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+@pytest.mark.parametrize("version", ["small", "stereo-small", "melody", "stereo-melody"])
+def test_an_exported_fine_tune_has_its_logits_in_transformers(
+    version: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AUDIOCRAFT_CACHE_DIR", str(tmp_path / "store"))
+    stand_in(tmp_path / "store", version, 1)
+    make = {"full": full_finetune, "adapter": adapter}[kind]
+    weights = make(tmp_path / "store", version, 5, tmp_path / "trained_model.safetensors")
+    release = export_release(weights, tmp_path / "release")
+    ours, _ = load_models(release, "cpu")
+    shape = Shape(32, heads=4, layers=2, channels=1 + VERSIONS[version].stereo)
+    package = torch.load(release / "state_dict.bin", weights_only=True)
+    if VERSIONS[version].melody:
+        conditioner: Any = ours.condition_provider.conditioners["self_wav"]
+        theirs = their_melody_model(shape, conditioner.chroma_len)
+        case = melody_conditions(theirs, ours, seconds=2.0)
+    else:
+        theirs = their_text_model(shape)
+        case = text_conditions(theirs, ours)
+    take_official_state(theirs, package["best_state"])
+    # Random adapters make large numbers of which float32 keeps as many digits.
+    assert_same_logits(case, shape, 10 * LOGITS_TOLERANCE)
 
 
 def assert_same_generation(case: Case, shape: Shape, folder: Path) -> None:
