@@ -173,14 +173,41 @@ def audio_read(
         samples, sample_rate = _decode(
             path, seek_time, duration, skip_damage=header is not None and header.is_mpeg
         )
-    if not np.isfinite(samples).all():
-        raise AudioFileError(
-            f"{path.name} holds samples that are not numbers (NaN or infinite); export it again."
-        )
-    wav = torch.from_numpy(np.ascontiguousarray(samples.T))
+    wav = _as_tensor(path, samples)
     if pad and duration > 0:
         wav = F.pad(wav, (0, max(0, round(duration * sample_rate) - wav.shape[-1])))
     return wav, sample_rate
+
+
+def audio_blocks(filepath: str | Path) -> Generator[tuple[Tensor, int]]:
+    """Read a whole file in blocks of some seconds, in memory that its length does not matter to.
+
+    Args:
+        filepath: any file that `audio_read` reads.
+
+    Yields:
+        Samples (C, T), float32, which joined are those of `audio_read`; and the sample rate, Hz.
+
+    Raises:
+        AudioFileError: as for `audio_read`, which may show behind the last block; there is no
+            limit of 4 GiB.
+    """
+    path = _existing_file(filepath)
+    header = _soundfile_header(path)
+    if header is not None and header.is_exact:
+        if not header.frames:
+            raise _no_samples(path)
+        for block in _soundfile_blocks(path, header, 0, header.frames):
+            yield _as_tensor(path, block), header.sample_rate
+        return
+    empty = True
+    decoded = _decoded(path, skip_damage=header is not None and header.is_mpeg)
+    with closing(decoded) as blocks:
+        for sample_rate, samples in blocks:
+            empty = empty and not len(samples)
+            yield _as_tensor(path, samples.astype(np.float32)), sample_rate
+    if empty:
+        raise _no_samples(path)
 
 
 def audio_write(
@@ -276,6 +303,15 @@ def audio_write(
     return path
 
 
+def _as_tensor(path: Path, samples: NDArray[np.float32]) -> Tensor:
+    """(C, T) of samples (T, C), all of them numbers."""
+    if not np.isfinite(samples).all():
+        raise AudioFileError(
+            f"{path.name} holds samples that are not numbers (NaN or infinite); export it again."
+        )
+    return torch.from_numpy(np.ascontiguousarray(samples.T))
+
+
 def _existing_file(filepath: str | Path) -> Path:
     path = Path(filepath)
     try:
@@ -313,14 +349,20 @@ def _read_soundfile(
     path: Path, header: _Header, seek_time: float, duration: float
 ) -> NDArray[np.float32]:
     """Samples (T, C) of a piece of a file that libsndfile knows."""
-    import soundfile
-
     start, stop = _span(header.sample_rate, seek_time, duration)
     _check_start(path, start, header.frames, header.sample_rate, seek_time)
     missing = (header.frames if stop is None else min(stop, header.frames)) - start
     if missing * header.channels > _MOST_READ:
         raise _too_much_to_read(path, header.sample_rate, header.channels)
-    blocks = []
+    return np.concatenate(list(_soundfile_blocks(path, header, start, missing)))
+
+
+def _soundfile_blocks(
+    path: Path, header: _Header, start: int, missing: int
+) -> Generator[NDArray[np.float32]]:
+    """So many samples (T, C) from a sample on, in blocks."""
+    import soundfile
+
     try:
         with path.open("rb") as file, soundfile.SoundFile(file.fileno(), closefd=False) as sound:
             sound.seek(start)
@@ -330,11 +372,10 @@ def _read_soundfile(
                 )
                 if not len(block):
                     raise _damaged(path, f"{missing / header.sample_rate:.2f} s are missing")
-                blocks.append(block)
+                yield block
                 missing -= len(block)
     except soundfile.LibsndfileError as error:
         raise _damaged(path, _libsndfile_reason(error.error_string)) from error
-    return np.concatenate(blocks)
 
 
 def _decode(

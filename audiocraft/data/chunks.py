@@ -13,17 +13,21 @@ import os
 import shutil
 import subprocess
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Final, TypeVar
 
+import torch
+from torch import Tensor
+
 from audiocraft.assets.exchange import start_thread
 from audiocraft.assets.parts import read_json, write_json
 from audiocraft.data.archive import LeftOut
-from audiocraft.data.audio import audio_read
+from audiocraft.data.audio import audio_blocks
 from audiocraft.data.files import AudioFile
 from audiocraft.errors import AudioFileError
 from audiocraft.progress import ProgressLog
@@ -112,6 +116,33 @@ class _Decoded:
     peaks: list[float]
 
 
+class PeakMeter:
+    """The greatest sample in each stretch of a signal that comes in blocks.
+
+    Attributes:
+        step: samples of a stretch.
+        samples: that have come.
+        peaks: one for each stretch that has begun.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.samples = 0
+        self.peaks: list[float] = []
+
+    def add(self, block: Tensor) -> None:
+        """Take in the next samples, (C, T)."""
+        while block.shape[1]:
+            within = self.samples % self.step
+            piece, block = block.tensor_split([self.step - within], dim=1)
+            peak = float(piece.abs().max())
+            if within:
+                self.peaks[-1] = max(self.peaks[-1], peak)
+            else:
+                self.peaks.append(peak)
+            self.samples += piece.shape[1]
+
+
 def cut(
     files: Sequence[AudioFile],
     folder: Path,
@@ -127,8 +158,8 @@ def cut(
         folder: of the job, made if missing; what was learnt of each file lies there by its hash.
         context: seconds of a chunk.
         shortest: seconds; shorter files, and what is left of longer ones, are left out.
-        workers: files that are decoded at a time, whole in memory; as many as there are
-            processors by default, up to 4.
+        workers: files that are decoded at a time; as many as there are processors by default, up
+            to 4.
     """
     folder.mkdir(parents=True, exist_ok=True)
     known = {file.sha256: _read(_note(folder, file, context)) for file in files}
@@ -181,15 +212,46 @@ def _cut_file(file: AudioFile, decoded: _Decoded, context: float, shortest: floa
 
 def _decode(file: AudioFile, context: float) -> _Decoded | str:
     """What a file holds, or why it is of no use."""
+    rate, channels, meter = 0, 0, PeakMeter(0)
     try:
-        wav, rate = audio_read(file.path)
+        for block, rate in audio_blocks(file.path):
+            channels, meter.step = len(block), round(context * rate)
+            meter.add(block)
     except AudioFileError as error:
         # The file bears a name of its own here, the report gives the user's.
         return str(error).removeprefix(file.path.name).strip(" .")
-    step = round(context * rate)
-    pieces = (wav[:, start : start + step] for start in range(0, wav.shape[1], step))
-    peaks = [max(abs(float(end)) for end in piece.aminmax()) for piece in pieces]
-    return _Decoded(rate, wav.shape[0], wav.shape[1], read_tags(file.path), peaks)
+    return _Decoded(rate, channels, meter.samples, read_tags(file.path), meter.peaks)
+
+
+def read_chunks(path: Path, chunks: Sequence[Chunk]) -> Iterator[tuple[Tensor, int]]:
+    """The samples of chunks of a file, which is decoded once, in memory for one of them.
+
+    Args:
+        path: of the file they were cut from, or of another that lasts as long.
+        chunks: in the order of their starts, none over another.
+
+    Yields:
+        For each chunk its samples (C, T), fewer where the file is a little shorter, and the sample
+        rate, Hz.
+    """
+    kept: list[Tensor] = []
+    passed = rate = 0
+    todo = deque(chunks)
+    with closing(audio_blocks(path)) as blocks:
+        for block, rate in blocks:
+            end = passed + block.shape[1]
+            while todo and (span := todo[0].span(rate)).start < end:
+                kept.append(block[:, max(0, span.start - passed) : span.stop - passed])
+                if span.stop > end:
+                    break
+                yield torch.cat(kept, dim=1), rate
+                kept = []
+                todo.popleft()
+            if not todo:
+                return
+            passed = end
+    if kept:
+        yield torch.cat(kept, dim=1), rate
 
 
 def _note(folder: Path, file: AudioFile, context: float) -> Path:

@@ -5,12 +5,13 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from audiocraft.data.archive import split_name
 from audiocraft.data.chunks import Clip
+from audiocraft.data.labels import TAG_SEPARATORS, Labels, unique
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def describe(clip: Clip, one_same_description: str | None = None) -> ClipMetadat
         artist=_text(side.get("artist")) or _text(tags.get("artist")),
         key=_text(side.get("key")),
         bpm=_number(side.get("bpm")),
-        genre=_list(side.get("genre"), ",") or _list(tags.get("genre"), ";"),
+        genre=_list(side.get("genre"), ",") or _list(tags.get("genre"), TAG_SEPARATORS),
         moods=_list(side.get("moods"), ","),
         keywords=_list(side.get("keywords"), ","),
         description=_text(one_same_description)
@@ -74,6 +75,22 @@ def describe(clip: Clip, one_same_description: str | None = None) -> ClipMetadat
         or _text(tags.get("comment")),
         name=split_name(clip.file.name)[0],
         instrument=_list(side.get("instrument"), ","),
+    )
+
+
+def with_labels(metadata: ClipMetadata, labels: Labels) -> ClipMetadata:
+    """What is known of a clip, with what was found by listening to it.
+
+    What the user says of key and tempo stands, for there can be one of each. Genres, moods and
+    instruments join the user's own, which come first; an equal one counts once.
+    """
+    return replace(
+        metadata,
+        key=metadata.key or labels.key,
+        bpm=metadata.bpm or labels.bpm,
+        genre=unique([*metadata.genre, *labels.genre]),
+        moods=unique([*metadata.moods, *labels.moods]),
+        instrument=unique([*metadata.instrument, *labels.instrument]),
     )
 
 

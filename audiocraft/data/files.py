@@ -7,6 +7,7 @@ a suffix makes a candidate, and its content decides later.
 import hashlib
 import logging
 import os
+import re
 import stat
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,7 @@ from audiocraft.progress import ProgressLog
 logger = logging.getLogger(__name__)
 
 _CHUNK: Final = "_chunk"  # as older fine-tuners name the pieces that they cut themselves
+_PIECE: Final = re.compile(rf"{_CHUNK}\d*$")
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,32 @@ def _beside(sides: dict[tuple[str, str], SourceFile], name: str, suffix: str) ->
             return side
         stem = stem.rpartition(_CHUNK)[0]
     return None
+
+
+def group_songs(files: Sequence[AudioFile]) -> dict[str, str]:
+    """Which files are one song, as far as it can be known without listening.
+
+    Equal files are, and so are pieces of a song as older fine-tuners name them (`song_chunk1.wav`),
+    the song itself, and files of one folder whose names differ in their suffix alone.
+
+    Returns:
+        For each file's name the hash of its song.
+    """
+    leader: dict[str, str] = {}
+
+    def find_leader(key: str) -> str:
+        while leader.setdefault(key, key) != key:
+            key = leader[key]
+        return key
+
+    for file in files:
+        # Hashes have no slash in them, and these names always do.
+        one, other = find_leader(file.sha256), find_leader(_PIECE.sub("", f"/{_stem(file.name)}"))
+        leader[max(one, other)] = min(one, other)
+    members: dict[str, list[str]] = {}
+    for file in files:
+        members.setdefault(find_leader(file.sha256), []).append(file.sha256)
+    return {file.name: min(members[find_leader(file.sha256)]) for file in files}
 
 
 def _read_folder(folder: Path, limits: Limits) -> tuple[list[SourceFile], list[LeftOut]]:

@@ -9,10 +9,11 @@ essentia (AGPL-3.0) is imported here alone, and only to run those models, whose 
 CC BY-NC-SA 4.0.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, Self
@@ -36,11 +37,16 @@ THRESHOLDS: Final = {"genre": 0.15, "moods": 0.06, "instrument": 0.15}
 EMBEDDING: Final = 1280
 """Numbers that `discogs-effnet` makes of a patch."""
 
+LONGEST: Final = max(key.LONGEST, tempo.LONGEST)
+"""Seconds from the middle of a song that its key and tempo are told from."""
+
+TAG_SEPARATORS: Final = ";,/|"
+"""What stands between genres where a file's tag holds several; a null character does too."""
+
 _RATE: Final = 16000  # Hz, of discogs-effnet
 # 128 frames of 16 ms and the window of the last: below 2.1 s essentia returns no patch.
 _SHORTEST: Final = 2.1  # seconds
 _SILENT: Final = 1e-3  # the greatest sample, -60 dB of full scale
-_TAG_SEPARATORS: Final = re.compile(r"[;,/|\0]")
 
 # Names of the tensors in MTG's files: what goes in, what comes out.
 _EMBEDDER: Final = ("serving_default_melspectrogram", "PartitionedCall:1")
@@ -177,17 +183,15 @@ def label_clip(
     Raises:
         InputError: `wav` is no such audio.
     """
-    tags = _TAG_SEPARATORS.split(genre_tag or "")
+    tags = re.split(f"[{TAG_SEPARATORS}\0]", genre_tag or "")
     clip = _Clip.of(wav, sample_rate)
     # The heads would find a name for noise too, which has neither steady tones nor a pulse.
     embeddings = _embed(models, clip.at(_RATE)) if clip.tones or clip.pulse else None
     if embeddings is None:
-        return Labels(_unique(tags), key=clip.key, bpm=clip.bpm)
+        return Labels(unique(tags), key=clip.key, bpm=clip.bpm)
     genre, moods, instrument = (_pick(models, field, embeddings) for field in _HEADS)
     styles = [part for label in genre for part in label.split("---")]
-    return Labels(
-        _unique([*tags, *styles]), _unique(moods), _unique(instrument), clip.key, clip.bpm
-    )
+    return Labels(unique([*tags, *styles]), unique(moods), unique(instrument), clip.key, clip.bpm)
 
 
 def key_and_tempo(wav: Tensor, sample_rate: int) -> tuple[str | None, float | None]:
@@ -205,6 +209,20 @@ def key_and_tempo(wav: Tensor, sample_rate: int) -> tuple[str | None, float | No
     """
     clip = _Clip.of(wav, sample_rate)
     return clip.key, clip.bpm
+
+
+def models_key(vocabularies: Vocabularies, folder: Path | None = None) -> str:
+    """SHA-256 in hex over all that labels depend on besides the music.
+
+    Args:
+        vocabularies: what the heads' outputs mean.
+        folder: see `model_paths`; it has them all.
+    """
+    digest = hashlib.sha256(repr((asdict(vocabularies), THRESHOLDS)).encode())
+    for path in model_paths(folder).values():
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def mono_at(wav: Tensor, sample_rate: int, wanted: int) -> Floats:
@@ -289,8 +307,8 @@ def _pick(models: LabelModels, field: str, embeddings: Floats) -> list[str]:
     ]
 
 
-def _unique(labels: Iterable[str]) -> tuple[str, ...]:
-    """Each once, as it is first written; nothing empty."""
+def unique(labels: Iterable[str]) -> tuple[str, ...]:
+    """Labels, each once and as it is first written; nothing empty."""
     first: dict[str, str] = {}
     for label in map(str.strip, labels):
         first.setdefault(label.casefold(), label)

@@ -10,11 +10,31 @@ from typing import Any, Final
 
 from audiocraft.data.archive import LeftOut
 from audiocraft.data.chunks import Clip, Cut
+from audiocraft.data.descriptions import ClipMetadata
 from audiocraft.data.files import Found
 from audiocraft.errors import InputError
 
 _REASONS: Final = 8  # in a message or a summary
 _LONGEST_REASON: Final = 160  # characters
+
+
+@dataclass(frozen=True)
+class ChunkLabels:
+    """What is known of a chunk in words: said by the user, and found by listening.
+
+    Attributes:
+        start: seconds in the file.
+        duration: seconds.
+        genre: one or more.
+        moods: one or more.
+        instrument: one or more.
+    """
+
+    start: float
+    duration: float
+    genre: tuple[str, ...]
+    moods: tuple[str, ...]
+    instrument: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -29,7 +49,10 @@ class UsedFile:
         duration: seconds.
         chunks: how many are used.
         silent_chunks: how many are not.
-        description: of all its chunks, before they are labelled.
+        description: of all its chunks, before labels are merged in.
+        key: such as `C# minor`.
+        bpm: beats per minute.
+        labels: of each chunk that is used, in order.
     """
 
     name: str
@@ -40,6 +63,9 @@ class UsedFile:
     chunks: int
     silent_chunks: int
     description: str | None
+    key: str | None = None
+    bpm: float | None = None
+    labels: tuple[ChunkLabels, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,21 +88,21 @@ class DatasetReport:
 
 
 def make_report(
-    source: Path, found: Found, cut: Cut, descriptions: Sequence[str | None]
+    source: str, found: Found, cut: Cut, metadata: Sequence[Sequence[ClipMetadata]]
 ) -> DatasetReport:
     """Put together what the stages found.
 
     Args:
-        source: the dataset.
+        source: the name of the dataset.
         found: from `files.find`.
         cut: from `chunks.cut`.
-        descriptions: one for each clip of `cut`.
+        metadata: for each clip of `cut`, of each of its chunks.
     """
-    used = [_used(clip, text) for clip, text in zip(cut.clips, descriptions, strict=True)]
-    return DatasetReport(source.name, found.key, tuple(used), cut.left_out, found.left_out)
+    used = [_used(clip, chunks) for clip, chunks in zip(cut.clips, metadata, strict=True)]
+    return DatasetReport(source, found.key, tuple(used), cut.left_out, found.left_out)
 
 
-def _used(clip: Clip, description: str | None) -> UsedFile:
+def _used(clip: Clip, metadata: Sequence[ClipMetadata]) -> UsedFile:
     return UsedFile(
         clip.file.name,
         clip.file.sha256,
@@ -85,7 +111,19 @@ def _used(clip: Clip, description: str | None) -> UsedFile:
         round(clip.duration, 3),
         len(clip.chunks),
         clip.silent,
-        description,
+        metadata[0].description,
+        metadata[0].key,
+        metadata[0].bpm,
+        tuple(
+            ChunkLabels(
+                round(chunk.start, 3),
+                round(chunk.duration, 3),
+                known.genre,
+                known.moods,
+                known.instrument,
+            )
+            for chunk, known in zip(clip.chunks, metadata, strict=True)
+        ),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from audiocraft.assets.store import BUNDLED, PARTS, fetch, fetch_folder
+from audiocraft.assets.store import BUNDLED, PARTS, fetch_folder
 from audiocraft.errors import WeightsError
 from audiocraft.models.encodec import (
     CompressionModel,
@@ -25,7 +25,7 @@ from audiocraft.modules.conditioners import (
     T5Conditioner,
 )
 from audiocraft.modules.seanet import SEANetConfig
-from audiocraft.modules.stems import StemSeparator, load_separator
+from audiocraft.modules.stems import StemSeparator, load_htdemucs
 from audiocraft.modules.transformer import TransformerConfig
 from audiocraft.quantization.vq import ResidualVectorQuantizer
 
@@ -83,14 +83,10 @@ def _t5(cfg: DictConfig, dim: int, folder: Path | None) -> T5Conditioner:
     return T5Conditioner(source, T5_DIMS[cfg.name], dim)
 
 
-def _htdemucs(device: torch.device) -> StemSeparator:
-    return load_separator(partial(fetch, PARTS["htdemucs"][0]), "htdemucs", device)
-
-
 def _chroma_stem(cfg: DictConfig, dim: int, duration: float) -> ChromaStemConditioner:
     stems = cfg.get("stems", "vocals+other")
     separators: dict[str, Callable[[torch.device], StemSeparator] | None] = {
-        "vocals+other": _htdemucs,
+        "vocals+other": load_htdemucs,
         "mix": None,
     }
     if stems not in separators:

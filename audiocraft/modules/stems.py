@@ -6,23 +6,68 @@ form in which demucs 4.1 publishes its models. demucs' own loader would import a
 that the metadata names, or unpickle a download; here the class stands on an allow-list.
 """
 
+import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from audiocraft.assets.store import PARTS, fetch
 from audiocraft.assets.tensors import read_safetensors
 from audiocraft.errors import WeightsError
 from audiocraft.progress import ProgressLog
 
 logger = logging.getLogger(__name__)
 
-_QUIET_S = 5.0
+HTDEMUCS: Final = "htdemucs"
+"""The separator that melody versions hear with."""
+
+_QUIET_S: Final = 5.0
+_OVERLAP: Final = 0.25  # of a segment, with the next; demucs' default
+
+
+@dataclass(frozen=True)
+class StemPart:
+    """What comes next of the stems of a track.
+
+    Attributes:
+        track: its number.
+        stems: (sources, channels, T).
+        last: whether the track ends with it.
+    """
+
+    track: int
+    stems: Tensor
+    last: bool
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """What a model is given at once.
+
+    Attributes:
+        track: its number.
+        start: sample of the track where it begins.
+        length: samples.
+        before: samples in `wav` before those.
+        wav: (channels, T).
+        last: whether it is the track's last.
+    """
+
+    track: int
+    start: int
+    length: int
+    before: int
+    wav: Tensor
+    last: bool
 
 
 class StemSeparator:
@@ -40,6 +85,14 @@ class StemSeparator:
         self.sample_rate: int = self._bag.samplerate
         self.channels: int = self._bag.audio_channels
         self.sources: list[str] = list(self._bag.sources)
+        models = list(self._bag.models)
+        # Samples of a segment, from one to the next, and of what the models take for one.
+        self._length = int(self.sample_rate * min(model.segment for model in models))
+        self._stride = int((1 - _OVERLAP) * self._length)
+        self._filled = max(_valid_length(model, self._length) for model in models)
+        half = self._length // 2
+        rising, falling = torch.arange(1, half + 1), torch.arange(self._length - half, 0, -1)
+        self._fade = (torch.cat([rising, falling]) / (self._length - half)).to(self.device)
 
     def parameters(self) -> Iterator[Tensor]:
         """The weights."""
@@ -56,31 +109,129 @@ class StemSeparator:
         Returns:
             (B, sources, channels, T') at the separator's own rate, T' = T resampled.
         """
-        from demucs.apply import apply_model
         from demucs.audio import convert_audio
 
         mix = convert_audio(wav.float(), sample_rate, self.sample_rate, self.channels)
-        length, models = mix.shape[-1], len(self._bag.models)
-        progress = ProgressLog(
-            logger, "s", "separating stems", self.sample_rate * models, quiet_s=_QUIET_S
-        )
+        progress = ProgressLog(logger, "s", "separating stems", self.sample_rate, quiet_s=_QUIET_S)
+        rows: list[list[Tensor]] = [[] for _ in mix]
+        for part in self.separate_tracks(([row] for row in mix), len(mix)):
+            rows[part.track].append(part.stems.to(mix.device))
+            done = sum(stems.shape[-1] for row in rows for stems in row)
+            progress.update(done, mix.shape[0] * mix.shape[-1])
+        return torch.stack([torch.cat(row, dim=-1) for row in rows])
 
-        def report(segment: dict[str, Any]) -> None:
-            # Called before and after each segment; one that begins has all before it done.
-            if segment["state"] == "start":
-                done = segment["model_idx_in_bag"] * length + segment["segment_offset"]
-                progress.update(done, models * length)
+    @torch.no_grad()
+    def separate_tracks(
+        self, tracks: Iterable[Iterable[Tensor]], batch: int = 1
+    ) -> Iterator[StemPart]:
+        """Split tracks of any length into stems, in memory for a few segments.
 
-        # shifts=0: a random shift would make equal requests differ.
-        stems: Tensor = apply_model(
-            self._bag, mix, shifts=0, device=self.device, callback=report, callback_arg={}
+        What demucs' own `apply_model` gives (without random shifts): each segment overlaps its
+        neighbours by a quarter, and they are faded into each other. The result does not depend on
+        the blocks that a track comes in; where segments of several tracks make up a batch, that
+        changes rounding only.
+
+        Args:
+            tracks: for each its blocks (channels, T) at the separator's own rate; they are asked
+                for as they are needed, one track after the other.
+            batch: segments that are computed at once.
+
+        Yields:
+            The parts of each track in order, on the separator's device.
+        """
+        segments = chain.from_iterable(
+            self._cut(track, blocks) for track, blocks in enumerate(tracks)
         )
-        return stems
+        tail = weights = torch.zeros(0, device=self.device)
+        while some := list(islice(segments, batch)):
+            for segment, stems in zip(some, self._run(some), strict=True):
+                weight = self._fade[: segment.length].clone()
+                faded = stems[..., segment.before : segment.before + segment.length] * weight
+                if segment.start:
+                    faded[..., : tail.shape[-1]] += tail
+                    weight[: len(weights)] += weights
+                ready = segment.length if segment.last else self._stride
+                yield StemPart(
+                    segment.track, faded[..., :ready] / weight[:ready], last=segment.last
+                )
+                tail, weights = faded[..., ready:], weight[ready:]
+
+    def _run(self, segments: Sequence[_Segment]) -> Tensor:
+        """The bag's estimate (B, sources, channels, T) of segments of one length."""
+        mix = torch.stack([segment.wav for segment in segments]).to(self.device)
+        estimate, total = torch.zeros((), device=self.device), torch.zeros(len(self.sources))
+        for model, weights in zip(self._bag.models, self._bag.weights, strict=True):
+            weight = torch.tensor(weights, dtype=torch.float32)
+            estimate = estimate + model(mix) * weight[:, None, None].to(self.device)
+            total += weight
+        return estimate / total[:, None, None].to(self.device)
+
+    def _cut(self, track: int, blocks: Iterable[Tensor]) -> Iterator[_Segment]:
+        """Segments of a track, while it comes.
+
+        A segment is filled up to what the models take with what is around it, and with silence
+        beyond the track's ends.
+        """
+        filled = self._filled
+        buffer, first, start = torch.zeros(self.channels, 0), 0, 0
+
+        def segment(length: int, *, last: bool = False) -> _Segment:
+            before = (filled - length) // 2
+            begin, end = start - before - first, start - before - first + filled
+            wav = buffer[:, max(0, begin) : end]
+            wav = F.pad(wav, (max(0, -begin), max(0, end - buffer.shape[1])))
+            return _Segment(track, start, length, before, wav, last)
+
+        for block in blocks:
+            buffer = torch.cat([buffer, block], dim=1)
+            # Not the last ones, which may end earlier, and then reach back farther.
+            while start + filled + self._length <= first + buffer.shape[1]:
+                yield segment(self._length)
+                start += self._stride
+                forget = max(0, start - filled - first)
+                buffer, first = buffer[:, forget:], first + forget
+        total = first + buffer.shape[1]
+        while start < total:
+            length = min(self._length, total - start)
+            yield segment(length, last=start + self._stride >= total)
+            start += self._stride
 
     def mix(self, wav: Tensor, sample_rate: int, sources: Sequence[str]) -> Tensor:
         """Sum of the named stems, (B, channels, T') at the separator's own rate."""
         index = [self.sources.index(source) for source in sources]
         return self.separate(wav, sample_rate)[:, index].sum(dim=1)
+
+
+def load_htdemucs(device: torch.device | str) -> StemSeparator:
+    """The separator in the store, fetched if it is not there; see `load_separator`.
+
+    Raises:
+        AssetError: it is nowhere on disk and cannot be downloaded.
+    """
+    return load_separator(_find_htdemucs, HTDEMUCS, device)
+
+
+def htdemucs_key() -> str:
+    """SHA-256 in hex over the files of the separator in the store, which are fetched if missing.
+
+    Raises:
+        AssetError: as for `load_htdemucs`.
+    """
+    digest = hashlib.sha256()
+    for path in separator_files(_find_htdemucs, HTDEMUCS):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _find_htdemucs(filename: str) -> Path:
+    return fetch(PARTS[HTDEMUCS][0], filename)
+
+
+def separator_files(find: Callable[[str], Path], name: str) -> list[Path]:
+    """Files of a bag: the list of its models, then the models; see `load_separator`."""
+    path = find(f"{name}.yaml")
+    return [path, *(find(f"{signature}.safetensors") for signature in _read_bag(path)["models"])]
 
 
 def load_separator(
@@ -96,15 +247,26 @@ def load_separator(
     Raises:
         WeightsError: a file is not a demucs model in this form.
     """
-    import yaml
     from demucs.apply import BagOfModels
 
-    path = find(f"{name}.yaml")
+    path, *weights = separator_files(find, name)
+    bag = _read_bag(path)
+    models = [_load_model(path) for path in weights]
+    return StemSeparator(BagOfModels(models, bag.get("weights"), bag.get("segment")), device)
+
+
+def _read_bag(path: Path) -> dict[str, Any]:
+    import yaml
+
     bag = yaml.safe_load(path.read_text())
     if not isinstance(bag, dict) or not bag.get("models"):
         raise WeightsError(f"{path.name} lists no demucs models; fetch the separator again.")
-    models = [_load_model(find(f"{signature}.safetensors")) for signature in bag["models"]]
-    return StemSeparator(BagOfModels(models, bag.get("weights"), bag.get("segment")), device)
+    return bag
+
+
+def _valid_length(model: Any, length: int) -> int:
+    """Samples that a model takes for a segment; some take any number."""
+    return int(model.valid_length(length)) if hasattr(model, "valid_length") else length
 
 
 def _load_model(path: Path) -> Any:

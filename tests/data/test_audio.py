@@ -16,6 +16,7 @@ from audiocraft.data import audio
 from audiocraft.data.audio import (
     AudioEndError,
     AudioFileInfo,
+    audio_blocks,
     audio_info,
     audio_read,
     audio_write,
@@ -66,6 +67,20 @@ def folder(tmp_path_factory):
     ffmpeg("-i", folder / "video.mp4", *late, "-c", "copy", folder / "late.mp4")
     ffmpeg(*video, "-t", "1", folder / "mute.mp4")
     return folder
+
+
+def read_blocks(path):
+    return list(audio_blocks(path))
+
+
+@pytest.mark.parametrize("name", [*LOSSLESS, *LOSSY, "video.mp4"])
+def test_blocks_make_up_the_file(folder, name, monkeypatch):
+    monkeypatch.setattr(audio, "_BLOCK", 20_000)
+    blocks = read_blocks(folder / name)
+    assert max(wav.shape[1] for wav, _ in blocks) == 10_000
+    wav, rate = audio_read(folder / name)
+    assert torch.equal(torch.cat([wav for wav, _ in blocks], dim=1), wav)
+    assert {rate for _, rate in blocks} == {rate}
 
 
 @pytest.fixture
@@ -251,7 +266,7 @@ def test_times_that_are_no_times(folder):
 NO_AUDIO = "; check that it is whole and plays, or convert it to WAV."
 
 
-@pytest.mark.parametrize("function", [audio_info, audio_read])
+@pytest.mark.parametrize("function", [audio_info, audio_read, read_blocks])
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -281,7 +296,7 @@ def test_what_is_no_audio(tmp_path, function, name, content, message):
     assert sentence(function, tmp_path / name) == message
 
 
-@pytest.mark.parametrize("function", [audio_info, audio_read])
+@pytest.mark.parametrize("function", [audio_info, audio_read, read_blocks])
 def test_what_is_no_file(tmp_path, function):
     assert sentence(function, tmp_path / "none.wav") == (
         "none.wav cannot be opened (No such file or directory); check the path."
@@ -297,7 +312,7 @@ def test_what_is_no_file(tmp_path, function):
         )
 
 
-@pytest.mark.parametrize("function", [audio_info, audio_read])
+@pytest.mark.parametrize("function", [audio_info, audio_read, read_blocks])
 def test_files_without_samples(folder, tmp_path, function):
     assert sentence(function, folder / "mute.mp4") == (
         "mute.mp4 has no audio stream; choose a file with sound."

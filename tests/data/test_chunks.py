@@ -15,8 +15,8 @@ import torch
 
 from audiocraft.assets.exchange import start_thread
 from audiocraft.data import chunks
-from audiocraft.data.audio import audio_read
-from audiocraft.data.chunks import SILENCE, Chunk, cut, each, read_tags
+from audiocraft.data.audio import audio_blocks, audio_read
+from audiocraft.data.chunks import SILENCE, Chunk, cut, each, read_chunks, read_tags
 from audiocraft.data.files import AudioFile
 from tests.data.odd_files import cut as cut_off
 from tests.data.signals import convert, ffmpeg, tones, write_source
@@ -132,11 +132,33 @@ def test_silent_chunks_of_a_song_are_left_out(tmp_path):
     assert clip.silent == 1
 
 
+@pytest.mark.parametrize("name", ["a.wav", "a.m4a"])
+def test_chunks_are_read_in_one_go(tmp_path, monkeypatch, name):
+    """All, or some of them, from the file or from another of its length and other rate."""
+    source = noise(tmp_path / "source.wav", 70, rate=16000, channels=2)
+    path = source if name == "a.wav" else convert(source, tmp_path / name)
+    (clip,) = cut([audio_file(path)], tmp_path / "work").clips
+    opened = []
+    monkeypatch.setattr(
+        chunks, "audio_blocks", lambda path: opened.append(path) or audio_blocks(path)
+    )
+    for some in (clip.chunks, clip.chunks[1:], clip.chunks[::2]):
+        read = list(read_chunks(path, some))
+        assert len(opened) == 1
+        opened.clear()
+        for chunk, (wav, rate) in zip(some, read, strict=True):
+            assert rate == 16000
+            assert torch.equal(wav, audio_read(path, chunk.start, chunk.duration)[0])
+    other = write_source(tmp_path / "other.wav", tones(8000, 69.99), 8000)
+    lengths = [wav.shape[1] for wav, _ in read_chunks(other, clip.chunks)]
+    assert lengths == [30 * 8000, 30 * 8000, round(9.99 * 8000)]
+
+
 def test_a_second_run_decodes_what_is_missing_alone(tmp_path, monkeypatch):
     files = [audio_file(noise(tmp_path / f"{n}.wav", 5 + n)) for n in range(4)]
     decoded = []
     monkeypatch.setattr(
-        chunks, "audio_read", lambda path: decoded.append(path.name) or audio_read(path)
+        chunks, "audio_blocks", lambda path: decoded.append(path.name) or audio_blocks(path)
     )
     first = cut(files[:2], tmp_path / "work")
     assert sorted(decoded) == ["0.wav", "1.wav"]
@@ -156,7 +178,7 @@ def test_equal_files_are_decoded_once(tmp_path, monkeypatch):
     source = noise(tmp_path / "a.wav", 5)
     decoded = []
     monkeypatch.setattr(
-        chunks, "audio_read", lambda path: decoded.append(path.name) or audio_read(path)
+        chunks, "audio_blocks", lambda path: decoded.append(path.name) or audio_blocks(path)
     )
     found = cut([audio_file(source, "a/x.wav"), audio_file(source, "b/x.wav")], tmp_path / "work")
     assert [clip.file.name for clip in found.clips] == ["a/x.wav", "b/x.wav"]
@@ -226,7 +248,7 @@ def test_an_error_of_the_machine_is_not_taken_for_a_broken_file(tmp_path, monkey
     def broken(_path):
         raise MemoryError
 
-    monkeypatch.setattr(chunks, "audio_read", broken)
+    monkeypatch.setattr(chunks, "audio_blocks", broken)
     with pytest.raises(MemoryError):
         cut([audio_file(noise(tmp_path / "a.wav", 5))], tmp_path / "work")
     assert list((tmp_path / "work").iterdir()) == []

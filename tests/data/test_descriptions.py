@@ -4,8 +4,14 @@ from pathlib import Path
 import pytest
 
 from audiocraft.data.chunks import Clip
-from audiocraft.data.descriptions import ClipMetadata, describe, read_first_line
+from audiocraft.data.descriptions import (
+    ClipMetadata,
+    describe,
+    read_first_line,
+    with_labels,
+)
 from audiocraft.data.files import AudioFile
+from audiocraft.data.labels import Labels
 
 TAGS = {"title": "A Title", "artist": "Somebody", "genre": "Rock; Blues", "comment": "a comment"}
 
@@ -115,3 +121,32 @@ def test_json_of_another_kind_says_nothing(clip, value):
 def test_json_that_cannot_be_read_is_named(clip, caplog):
     describe(clip(metadata="{"))
     assert "song.json is not used, it is no JSON" in caplog.text
+
+
+def test_a_tag_of_several_genres_is_taken_apart(clip):
+    tags = {"genre": "Rock/Pop, Folk;Folk|Blues"}
+    assert describe(clip(tags)).genre == ("Rock", "Pop", "Folk", "Blues")
+
+
+def test_labels_join_lists_and_fill_gaps():
+    found = Labels(("Rock", "Blues"), ("dark",), ("Piano",), "F# minor", 120.0)
+    assert with_labels(ClipMetadata(title="t"), found) == ClipMetadata(
+        title="t",
+        key="F# minor",
+        bpm=120.0,
+        genre=("Rock", "Blues"),
+        moods=("dark",),
+        instrument=("Piano",),
+    )
+    said = ClipMetadata(
+        key="A minor", bpm=60.0, genre=("My own", "rock"), moods=("Dark",), keywords=("x",)
+    )
+    assert with_labels(said, found) == ClipMetadata(
+        key="A minor",
+        bpm=60.0,
+        genre=("My own", "rock", "Blues"),
+        moods=("Dark",),
+        keywords=("x",),
+        instrument=("Piano",),
+    )
+    assert with_labels(said, Labels()) == said

@@ -7,7 +7,7 @@ import pytest
 
 from audiocraft.data import files
 from audiocraft.data.archive import Limits
-from audiocraft.data.files import find
+from audiocraft.data.files import find, group_songs
 from tests.data.signals import sentence
 
 SONG = Path(__file__).parent.parent / "audio" / "real_song.ogg"
@@ -226,3 +226,35 @@ def test_too_many_files_are_refused(folder):
 def test_a_missing_source_is_named(tmp_path):
     message = sentence(find, tmp_path / "nothing", tmp_path)
     assert message.endswith("nothing is not a file; give the path of an archive.")
+
+
+def test_what_is_one_song(tmp_path):
+    folder = tmp_path / "music"
+    contents = {
+        "a/song.mp3": "1",
+        "a/song.wav": "2",
+        "a/song_chunk1.wav": "3",
+        "a/song_chunk10.wav": "4",
+        "b/song_chunk1.wav": "5",
+        "b/copy.wav": "4",
+        "b/copy_chunk2.wav": "6",
+        "b/song_chunky.wav": "7",
+        "A/song.wav": "8",
+    }
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    found = find(folder, tmp_path / "work")
+    songs = group_songs(found.files)
+    groups = {}
+    for name, song in songs.items():
+        groups.setdefault(song, set()).add(name)
+    one = {name for name in contents if name.startswith("a/")} | {"b/copy.wav", "b/copy_chunk2.wav"}
+    assert sorted(groups.values(), key=len) == [
+        {"A/song.wav"},
+        {"b/song_chunk1.wav"},
+        {"b/song_chunky.wav"},
+        one,
+    ]
+    assert groups.keys() <= {file.sha256 for file in found.files}
+    assert group_songs(found.files[::-1]) == songs

@@ -9,9 +9,9 @@ import pytest
 from audiocraft.data import report as report_module
 from audiocraft.data.archive import LeftOut
 from audiocraft.data.chunks import Cut, cut
-from audiocraft.data.descriptions import describe
+from audiocraft.data.descriptions import ClipMetadata, describe
 from audiocraft.data.files import Found, find
-from audiocraft.data.report import check_usable, make_report, summarize, write_report
+from audiocraft.data.report import ChunkLabels, check_usable, make_report, summarize, write_report
 from tests.data.signals import sentence, tones, write_source
 
 SONG = Path(__file__).parent.parent / "audio" / "real_song.ogg"
@@ -21,8 +21,8 @@ def run(source, work):
     """The stages in a row."""
     found = find(source, work)
     clips = cut(found.files, work / "decoded")
-    texts = [describe(clip).description for clip in clips.clips]
-    return make_report(source, found, clips, texts)
+    metadata = [[describe(clip)] * len(clip.chunks) for clip in clips.clips]
+    return make_report(source.name, found, clips, metadata)
 
 
 @pytest.fixture
@@ -65,6 +65,21 @@ def test_every_file_has_its_fate(dataset, tmp_path):
     texts = ["a/Lied ä.txt"]
     accounted = [entry.name for entry in (*report.used, *report.left_out, *report.others)]
     assert sorted(names) == sorted(accounted + texts)
+
+
+def test_the_words_of_each_chunk_are_told(dataset, tmp_path):
+    found = find(dataset, tmp_path / "work")
+    clips = cut(found.files, tmp_path / "decoded")
+    words = [
+        [ClipMetadata(genre=(f"{n}",), moods=("x",), key="C major") for n in range(len(c.chunks))]
+        for c in clips.clips
+    ]
+    file = make_report("music", found, clips, words).used[2]
+    assert (file.name, file.key, file.bpm) == ("long.wav", "C major", None)
+    assert file.labels == (
+        ChunkLabels(0.0, 30.0, ("0",), ("x",), ()),
+        ChunkLabels(30.0, 11.0, ("1",), ("x",), ()),
+    )
 
 
 def test_a_zip_of_the_folder_gives_the_same_report(dataset, tmp_path):
@@ -132,10 +147,10 @@ def test_an_empty_dataset_is_refused(tmp_path):
     )
 
 
-def test_the_refusal_stays_short(tmp_path):
+def test_the_refusal_stays_short():
     left = tuple(LeftOut(f"{n}.wav", f"{'x' * 500} {n % 20}{'y' * n}") for n in range(1000))
     kinds = tuple(LeftOut(f"{n}.bin", f"reason {n}") for n in range(20))
-    report = make_report(tmp_path / "music", Found((), kinds, ""), Cut((), left), [])
+    report = make_report("music", Found((), kinds, ""), Cut((), left), [])
     message = sentence(check_usable, report)
     assert message.startswith(f"music holds no music that can be used (1000 x {'x' * 160}; 1 x")
     assert "; 13 other reasons): " in message

@@ -1,11 +1,8 @@
 """The real demucs, with small weights in the form in which its own are published."""
 
-import json
-
 import pytest
 import torch
-import yaml
-from demucs.apply import apply_model
+from demucs.apply import BagOfModels, apply_model
 from demucs.htdemucs import HTDemucs
 from safetensors.torch import save_file
 
@@ -13,45 +10,19 @@ from audiocraft.data.audio_utils import convert_audio
 from audiocraft.errors import WeightsError
 from audiocraft.models import MusicGen
 from audiocraft.models.loaders import load_lm_model
-from audiocraft.modules.stems import load_separator
-
-SOURCES = ["drums", "bass", "other", "vocals"]
-KWARGS = {
-    "sources": SOURCES,
-    "channels": 4,
-    "growth": 1,
-    "depth": 4,
-    "nfft": 4096,
-    "t_layers": 1,
-    "t_heads": 1,
-    "bottom_channels": 0,
-    "t_hidden_scale": 1,
-    "dconv_comp": 4,
-    "dconv_mode": 0,
-    "rewrite": False,
-}
+from audiocraft.modules.stems import StemSeparator, htdemucs_key, load_htdemucs, load_separator
+from tests.separators import SIGNATURE, SMALL, SOURCES, put_htdemucs, save_model
 
 
 @pytest.fixture
 def htdemucs(tmp_path):
     """A small random HTDemucs, and the folder that holds it as a bag of one."""
-    torch.manual_seed(0)
-    model = HTDemucs(**KWARGS, segment=4)
-    folder = tmp_path / "adefossez/HTDemucs"
-    folder.mkdir(parents=True)
+    model, folder = put_htdemucs(tmp_path)
 
-    def save(klass="demucs.htdemucs.HTDemucs"):
-        segment = {"_type": "fraction", "numerator": 4, "denominator": 1}
-        metadata = {
-            "klass": klass,
-            "args": "[]",
-            "kwargs": json.dumps({**KWARGS, "segment": segment}),
-        }
-        save_file(model.state_dict(), folder / "12345678.safetensors", metadata)
+    def save(klass):
+        save_model(folder, model, SMALL, (4, 1), klass)
 
-    save()
-    (folder / "htdemucs.yaml").write_text(yaml.safe_dump({"models": ["12345678"]}))
-    return model.eval(), folder, save
+    return model, folder, save
 
 
 def test_stems_are_those_of_demucs(htdemucs):
@@ -64,6 +35,70 @@ def test_stems_are_those_of_demucs(htdemucs):
     torch.testing.assert_close(separator.separate(wav, 44100), expected)
     melody = separator.mix(wav, 44100, ["vocals", "other"])
     torch.testing.assert_close(melody, expected[:, 3] + expected[:, 2])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_tracks_of_any_length_come_out_as_from_demucs(htdemucs, batch):
+    """Shorter than a segment (4 s), than what overlaps, at a segment's end, of several."""
+    model, folder, _ = htdemucs
+    separator = load_separator(folder.joinpath, "htdemucs", "cpu")
+    generator = torch.Generator().manual_seed(1)
+    seconds = (0.5, 3.0, 3.5, 4.0, 11.3)
+    tracks = [torch.randn(2, round(s * 44100), generator=generator) for s in seconds]
+    blocks = [track.split(30011, dim=1) for track in tracks]
+    stems = [[] for _ in tracks]
+    ended = []
+    for part in separator.separate_tracks(blocks, batch):
+        assert part.track == len(ended)
+        stems[part.track].append(part.stems)
+        ended += [part.track] if part.last else []
+    assert ended == [*range(len(tracks))]
+    for track, parts in zip(tracks, stems, strict=True):
+        expected = apply_model(model, track[None], shifts=0)[0]
+        torch.testing.assert_close(torch.cat(parts, dim=-1), expected)
+
+
+def test_a_bag_weighs_its_models(htdemucs):
+    """As `htdemucs_ft`, whose models are each for a stem."""
+    model, _, _ = htdemucs
+    torch.manual_seed(7)
+    other = HTDemucs(SOURCES, **SMALL, segment=4).eval()
+    weights = [[1.0, 0.0, 0.5, 1.0], [0.0, 1.0, 0.5, 3.0]]
+    bag = BagOfModels([model, other], weights)
+    wav = torch.randn(1, 2, 5 * 44100, generator=torch.Generator().manual_seed(1))
+    expected = apply_model(bag, wav, shifts=0)
+    torch.testing.assert_close(StemSeparator(bag, "cpu").separate(wav, 44100), expected)
+
+
+def test_a_long_track_is_asked_for_as_it_is_needed(htdemucs):
+    _, folder, _ = htdemucs
+    separator = load_separator(folder.joinpath, "htdemucs", "cpu")
+    given = 0
+
+    def blocks():
+        nonlocal given
+        while True:  # for ever
+            given += 1
+            yield torch.zeros(2, 44100)
+
+    parts = separator.separate_tracks([blocks()])
+    for number in range(1, 4):
+        next(parts)
+        assert given <= 3 * number + 8
+
+
+def test_the_key_of_the_separator_is_that_of_its_files(htdemucs, tmp_path, monkeypatch):
+    _, folder, save = htdemucs
+    monkeypatch.setenv("AUDIOCRAFT_CACHE_DIR", str(tmp_path))
+    first = htdemucs_key()
+    assert htdemucs_key() == first
+    assert load_htdemucs("cpu").sources == SOURCES
+    save("demucs.hdemucs.HDemucs")
+    assert htdemucs_key() != first
+    (folder / f"{SIGNATURE}.safetensors").unlink()
+    (folder / "htdemucs.yaml").write_text("models: []")
+    with pytest.raises(WeightsError, match=r"htdemucs\.yaml lists no demucs models"):
+        htdemucs_key()
 
 
 def test_a_class_that_is_not_demucs_is_not_called(htdemucs):
