@@ -15,6 +15,7 @@ class Version:
         melody: whether it follows a melody.
         stereo: whether it makes stereo.
         context: most seconds that it hears at once.
+        license: of its weights, and of what is made from them.
     """
 
     name: str
@@ -22,6 +23,7 @@ class Version:
     melody: bool
     stereo: bool
     context: float = 30.0
+    license: str = "cc-by-nc-4.0"
 
 
 def _release(name: str) -> Version:
@@ -29,7 +31,7 @@ def _release(name: str) -> Version:
 
 
 VERSIONS: dict[str, Version] = {name: _release(name) for name in RELEASES} | {
-    "tiny": Version("tiny", str(BUNDLED / "tiny"), melody=True, stereo=True)
+    "tiny": Version("tiny", str(BUNDLED / "tiny"), melody=True, stereo=True, license="apache-2.0")
 }
 """Every version by its short name."""
 
