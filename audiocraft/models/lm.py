@@ -160,10 +160,6 @@ class LMModel(nn.Module):
         hidden = self.out_norm(hidden)
         return torch.stack([linear(hidden) for linear in self.linears], dim=1)
 
-    def _fuse(self, conditions: ConditionTensors) -> tuple[Tensor | None, Memory | None]:
-        prefix, source = self.fuser(conditions)
-        return prefix, None if source is None else self.transformer.project_memory(source)
-
     def forward(
         self,
         sequence: Tensor,
@@ -185,11 +181,11 @@ class LMModel(nn.Module):
             condition_tensors = self.encode_conditions(conditions)
         elif conditions:
             raise InputError("Give either conditions or condition_tensors, not both.")
-        prefix, memory = self._fuse(condition_tensors)
+        prefix, source = self.fuser(condition_tensors)
         hidden = self._embed(sequence)
         if prefix is not None:
             hidden = torch.cat([prefix, hidden], dim=1)
-        hidden = self.transformer(hidden, memory)
+        hidden = self.transformer(hidden, source)
         return self._head(hidden[:, -sequence.shape[-1] :])
 
     def compute_predictions(
@@ -226,7 +222,8 @@ class LMModel(nn.Module):
             max_steps: most steps that will be fed, the prefix not counted.
         """
         rows = len(conditions)
-        prefix, memory = self._fuse(self.encode_conditions(conditions))
+        prefix, source = self.fuser(self.encode_conditions(conditions))
+        memory = None if source is None else self.transformer.project_memory(source)
         length = max_steps + (0 if prefix is None else prefix.shape[1])
         cache = KVCache(self.config, rows, length, self.device, self.out_norm.weight.dtype)
         return DecodingState(cache, memory, prefix)

@@ -138,8 +138,12 @@ class T5Conditioner(nn.Module):
         """Encode tokens (B, M) to (B, M, output_dim); rows and pads without text are zero."""
         _, model = self.load()
         mask = tokens["attention_mask"]
+        # As it is added to the attention scores. To make this itself, transformers would have the
+        # host wait for the device.
+        added = torch.zeros(mask.shape, device=mask.device)
+        added = added.masked_fill(mask == 0, torch.finfo(torch.float32).min)[:, None, None]
         with torch.no_grad(), torch.autocast(mask.device.type, enabled=False):
-            hidden = model(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state
+            hidden = model(input_ids=tokens["input_ids"], attention_mask=added).last_hidden_state
         embeds = self.output_proj(hidden.to(self.output_proj.weight.dtype))
         return embeds * mask[..., None], mask
 

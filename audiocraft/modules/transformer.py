@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 Memory = Sequence[tuple[Tensor, Tensor]]
 """Cross-attention keys and values of each layer, each (B, H, M, D)."""
@@ -185,11 +186,17 @@ class TransformerLayer(nn.Module):
         self.norm2 = Norm(dim)
 
     def forward(
-        self, x: Tensor, layer: int, memory: tuple[Tensor, Tensor] | None, cache: KVCache | None
+        self,
+        x: Tensor,
+        layer: int,
+        memory: tuple[Tensor, Tensor] | Tensor | None,
+        cache: KVCache | None,
     ) -> Tensor:
-        """Residual stream in and out, (B, S, dim)."""
+        """Residual stream in and out, (B, S, dim); memory or its source, see `Transformer`."""
         x = x + self.self_attn(self.norm1(x), layer, cache)
         if memory is not None:
+            if isinstance(memory, Tensor):
+                memory = self.cross_attention.project_memory(memory)
             x = x + self.cross_attention(self.norm_cross(x), memory)
         out: Tensor = x + self.linear2(F.gelu(self.linear1(self.norm2(x))))
         return out
@@ -201,6 +208,8 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpointing = False
+        """Whether activations of a layer are computed again when its gradient is."""
         self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.num_layers))
 
     def project_memory(self, source: Tensor) -> Memory:
@@ -211,15 +220,30 @@ class Transformer(nn.Module):
         ]
 
     def forward(
-        self, x: Tensor, memory: Memory | None = None, cache: KVCache | None = None
+        self, x: Tensor, memory: Memory | Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """Run the layers over (B, S, dim); positions go on from the cache's filled part."""
+        """Run the layers.
+
+        Args:
+            x: (B, S, dim).
+            memory: of `project_memory`; or its source, which each layer then projects by itself,
+                as training needs it, where a layer's weights are there only while it runs.
+            cache: positions go on from its filled part.
+        """
         start = 0 if cache is None else cache.length
         steps = x.shape[1]
         positions = torch.arange(start, start + steps, device=x.device)
         x = x + sin_embedding(positions, x.shape[-1])  # float32 from here on
+        again = self.checkpointing and torch.is_grad_enabled()
         for index, layer in enumerate(self.layers):
-            x = layer(x, index, None if memory is None else memory[index], cache)
+            own = memory if memory is None or isinstance(memory, Tensor) else memory[index]
+            if again:
+                # Nothing is random in a layer.
+                x = checkpoint(
+                    layer, x, index, own, cache, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x = layer(x, index, own, cache)
         if cache is not None:
             cache.length += steps
         return x

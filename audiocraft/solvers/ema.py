@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from audiocraft.errors import InputError, WeightsError
+from audiocraft.solvers.sharding import local
 
 # TensorFlow's rule: `num_updates` of tf.train.ExponentialMovingAverage.
 _WARM_UP_FROM, _WARM_UP_OVER = 1, 10
@@ -31,7 +32,8 @@ class Ema:
     the official rule. Source: `num_updates` of TensorFlow's `tf.train.ExponentialMovingAverage`.
 
     Args:
-        weights: name to float32 weight; those that are trained.
+        weights: name to float32 weight; those that are trained. Of spread ones each process
+            averages its part.
         decay: 0 to 1, per step.
         every: updates from step to step, see `after`.
         warmup: lower decays at first.
@@ -64,7 +66,7 @@ class Ema:
         self.count = 0.0
         # To hold the memory from the start. Before the first step it is what the weights are.
         self.average = {
-            name: weight.detach().to(device, copy=True) for name, weight in weights.items()
+            name: local(weight).detach().to(device, copy=True) for name, weight in weights.items()
         }
 
     @torch.no_grad()
@@ -77,7 +79,7 @@ class Ema:
         self.count = self.count * decay + 1
         for name, weight in self._weights.items():
             average = self.average[name]
-            average.lerp_(weight.detach().to(average.device), 1 / self.count)
+            average.lerp_(local(weight).detach().to(average.device), 1 / self.count)
 
     def after(self, update: int) -> None:
         """Take a step where one is due.
@@ -107,9 +109,9 @@ class Ema:
     @torch.no_grad()
     def _exchange(self) -> None:
         for name, weight in self._weights.items():
-            average = self.average[name]
-            kept = weight.detach().clone()
-            weight.copy_(average)  # in place: optimizer, DDP and CUDA graphs hold this storage
+            own, average = local(weight), self.average[name]
+            kept = own.detach().clone()
+            own.copy_(average)  # in place: optimizer, DDP and CUDA graphs hold this storage
             average.copy_(kept)
 
     def state_dict(self) -> dict[str, Any]:

@@ -7,19 +7,19 @@ same however its batches are split over micro-batches and processes, and whereve
 import logging
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_
 
 from audiocraft.errors import InputError, TrainingError
 from audiocraft.models.lm import LMModel, LMOutput
-from audiocraft.modules.conditioners import ChromaStemConditioner, ConditionTensors, T5Conditioner
+from audiocraft.modules.conditioners import ChromaStemConditioner, T5Conditioner
+from audiocraft.modules.lora import adapter_parameters, adapter_state
 from audiocraft.solvers.conditions import (
     ConditionSettings,
     Drops,
@@ -36,9 +36,12 @@ from audiocraft.solvers.optimizers import (
     OptimizerSettings,
     build_optimizer,
     effective_lr,
+    load_optimizer_state,
+    optimizer_state,
     parameter_groups,
 )
 from audiocraft.solvers.schedules import ScheduleName, lr_factor, set_lr
+from audiocraft.solvers.sharding import clip_gradients, local, shard, take_apart, whole
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +87,9 @@ class TrainSettings:
         max_norm: gradients longer than this are scaled down to it.
         bfloat16: compute in 16 bit, under autocast.
         count_padding: let frames beyond a clip's end count, as officially.
+        checkpointing: compute the activations of each layer again in the backward pass.
+        sharded: spread weights, gradients and optimizer state over the processes (FSDP2).
+        ema_on_host: keep the moving average in the host's memory.
     """
 
     updates: int
@@ -97,6 +103,9 @@ class TrainSettings:
     max_norm: float = 1.0
     bfloat16: bool = False
     count_padding: bool = False
+    checkpointing: bool = False
+    sharded: bool = False
+    ema_on_host: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,7 +114,7 @@ class Update:
 
     Attributes:
         number: from 1.
-        loss: of the global batch.
+        loss: of the global batch, on the CPU.
         grad_norm: before clipping.
         lr: in use, see `effective_lr`.
     """
@@ -126,36 +135,53 @@ def batch_clips(clips: Sequence[Clip], settings: TrainSettings, update: int) -> 
     """
     ordered = sorted(clips, key=lambda clip: clip.key)
     size = settings.batch_size
-    chosen = []
-    for index in range((update - 1) * size, update * size):
-        number, place = divmod(index, len(ordered))
+    chosen: list[Clip] = []
+    while len(chosen) < size:
+        number, place = divmod((update - 1) * size + len(chosen), len(ordered))
         order = list(range(len(ordered)))
         random.Random(f"pass {settings.seed} {number}").shuffle(order)  # noqa: S311
-        chosen.append(ordered[order[place]])
+        chosen += [ordered[index] for index in order[place : place + size - len(chosen)]]
     return chosen
 
 
+_Inputs = Mapping[str, Mapping[str, Tensor] | tuple[Tensor, Tensor]]
+"""What conditions are made of, by name: tokens of a text, or chroma and mask of a melody."""
+
+
 class _Predictions(torch.nn.Module):
-    """A forward pass that DDP can wrap."""
+    """All that trained weights take part in, in one forward pass for DDP or FSDP2 to wrap."""
 
     def __init__(self, lm: LMModel) -> None:
         super().__init__()
         self.lm = lm
 
-    def forward(self, codes: Tensor, conditions: ConditionTensors) -> tuple[Tensor, Tensor]:
+    def forward(self, codes: Tensor, inputs: _Inputs) -> tuple[Tensor, Tensor]:
+        conditions = {}
+        for name, given in inputs.items():
+            conditioner: Any = self.lm.condition_provider.conditioners[name]
+            is_text = isinstance(given, Mapping)
+            conditions[name] = conditioner(given) if is_text else conditioner.project(*given)
         output = self.lm.compute_predictions(codes, [], conditions)
         return output.logits, output.mask
+
+
+def _trained(lm: LMModel) -> dict[str, torch.nn.Parameter]:
+    """The weights that are trained, by the names of a fine-tune's file."""
+    return adapter_parameters(lm) or {
+        name: weight for name, weight in lm.named_parameters() if weight.requires_grad
+    }
 
 
 class Trainer:
     """One model in training, in this process and the others of its job.
 
     Args:
-        lm: float32 weights, on its device; those that require gradients are trained.
+        lm: on its device; its weights that require gradients are trained, or the adapters that are
+            attached to it. These are float32, frozen ones may be 16 bit under `bfloat16`.
         settings: of the run.
 
     Raises:
-        InputError: settings that do not fit the number of processes.
+        InputError: settings that do not fit the number of processes or the weights.
     """
 
     def __init__(self, lm: LMModel, settings: TrainSettings) -> None:
@@ -167,17 +193,27 @@ class Trainer:
                 f"batch_size is {settings.batch_size}, it must be a multiple of the {self.ranks} "
                 "processes."
             )
+        if not settings.bfloat16 and any(w.dtype != torch.float32 for w in lm.parameters()):
+            raise InputError("Frozen weights of 16 bit need bfloat16: load them in float32.")
         self.lm = lm.train()
         self.settings = settings
         self.update = 0
+        lm.transformer.checkpointing = settings.checkpointing
+        self._predictions = _Predictions(lm)
+        self._sharded = settings.sharded and self.ranks > 1
+        if self._sharded:
+            shard(self._predictions, lm.transformer.layers, lm.device, self.ranks)
+        self._weights = _trained(lm)
         self.optimizer = build_optimizer(settings.optimizer, parameter_groups(lm))
         self._base_lr: float = self.optimizer.param_groups[0]["lr"]
-        self.ema = Ema(dict(self._trained()))
-        self._predict: torch.nn.Module = _Predictions(lm)
-        if joined:
-            device = lm.device
-            self._predict = DistributedDataParallel(
-                self._predict, device_ids=[device] if device.type == "cuda" else None
+        self.ema = Ema(self._weights, device="cpu" if settings.ema_on_host else None)
+        self._replicated: DistributedDataParallel | None = None
+        if joined and not self._sharded:
+            self._replicated = DistributedDataParallel(
+                self._predictions,
+                device_ids=[lm.device] if lm.device.type == "cuda" else None,
+                broadcast_buffers=False,  # they are constants
+                gradient_as_bucket_view=True,  # else gradients are there twice
             )
 
     def train(
@@ -191,52 +227,89 @@ class Trainer:
             until: last update to make now; the run's last if not given.
 
         Raises:
-            TrainingError: the loss is not finite; the weights are then worth nothing.
+            TrainingError: loss or gradient are not finite; the weights are those of the update
+                before.
         """
         last = self.settings.updates if until is None else until
         while self.update < last:
             report(self._step(batch_clips(clips, self.settings, self.update + 1)))
 
     @torch.no_grad()
-    def evaluate(self, clips: Sequence[Clip]) -> CodebookLoss:
-        """Loss over clips with nothing dropped, of the weights as they are, in this process."""
-        device, delays = self.lm.device, self.lm.pattern_provider.delays
-        zero = torch.zeros(len(delays), dtype=torch.float64, device=device)
-        total = CodebookLoss(zero, zero.long())
-        texts = [clip.description for clip in clips]
-        self.lm.eval()
-        try:
-            for start in range(0, len(clips), self.settings.micro_batch):
-                part = slice(start, start + self.settings.micro_batch)
-                conditions = self._conditions(clips[part], texts, part, Drops())
-                codes, counted = self._codes(clips[part])
-                with self._precision():
-                    output = self.lm.compute_predictions(codes, [], conditions)
-                total += codebook_loss(output, codes, counted)
-        finally:
-            self.lm.train()
-        return total
+    def evaluate(self, clips: Sequence[Clip], *, averaged: bool = True) -> CodebookLoss:
+        """Loss over clips with nothing dropped; texts are padded to the longest of them all.
+
+        Each process computes a share of them, and all get the sum.
+
+        Args:
+            clips: at least one; each process has them all.
+            averaged: of the moving average, once it has taken a step; else of the weights.
+        """
+        with self.ema.applied() if averaged else nullcontext():
+            self.lm.eval()
+            try:
+                sums = self._evaluate(clips)
+            finally:
+                self.lm.train()
+                if self._sharded:
+                    take_apart(self._predictions)
+        self._add_up(sums)
+        return CodebookLoss(sums.cpu(), self._counts(clips))
+
+    def _evaluate(self, clips: Sequence[Clip]) -> Tensor:
+        """Nats of each codebook over this process's share, [K]."""
+        size, delays = self.settings.micro_batch, self.lm.pattern_provider.delays
+        sums = torch.zeros(len(delays), dtype=torch.float64, device=self.lm.device)
+        tokens = self._tokens([clip.description for clip in clips])
+        rows = range(self.rank, len(clips), self.ranks)
+        # Where weights are spread, all processes have to be in each forward pass.
+        rounds = -(-len(range(0, len(clips), self.ranks)) // size) * size
+        for start in range(0, rounds if self._sharded else len(rows), size):
+            part = rows[start : start + size]
+            loss = self._loss(self._predictions, clips, part or range(1), tokens, Drops())
+            if part:
+                sums += loss.sums
+        return sums
+
+    def exported_state(self) -> dict[str, Tensor] | None:
+        """What a fine-tune's file holds: the averaged weights, or adapters, in 16 bit.
+
+        Before the first step of the average it is the weights as they are. Each process has to
+        call it.
+
+        Returns:
+            Official names to float16 tensors on the CPU, or `<name>.lora_a` and `<name>.lora_b`;
+            None but in the first process.
+        """
+        if self.rank > 0 and not self._sharded:
+            return None
+        exported = {}
+        with torch.no_grad(), self.ema.applied():
+            for name, value in (adapter_state(self.lm) or self.lm.state_dict()).items():
+                half = whole(value.detach().half())  # one at a time: they need not fit all at once
+                if self.rank == 0:
+                    exported[name] = half.cpu()
+        return exported if self.rank == 0 else None
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the run goes on from; tensors are not copied."""
+        """All that the run goes on from; tensors are not copied.
+
+        Where weights are spread it is this process's part, else it is equal in each.
+        """
         return {
             "update": self.update,
-            "weights": {name: weight.detach() for name, weight in self._trained()},
-            "optimizer": self.optimizer.state_dict(),
+            "weights": {name: local(weight).detach() for name, weight in self._weights.items()},
+            "optimizer": optimizer_state(self.optimizer),
             "ema": self.ema.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict` of a run with the same settings."""
         with torch.no_grad():
-            for name, weight in self._trained():
-                weight.copy_(state["weights"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+            for name, weight in self._weights.items():
+                local(weight).copy_(state["weights"][name])
+        load_optimizer_state(self.optimizer, state["optimizer"])
         self.ema.load_state_dict(state["ema"])
         self.update = state["update"]
-
-    def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        return (item for item in self.lm.named_parameters() if item[1].requires_grad)
 
     def _step(self, batch: Sequence[Clip]) -> Update:
         settings, number = self.settings, self.update + 1
@@ -246,41 +319,70 @@ class Trainer:
         drops = draw_drops(settings.conditions, batch_random(settings.seed, number).random)
         if drops.everything or "description" in drops.text:
             texts = [None] * len(texts)
+        tokens = self._tokens(texts)
         counts = self._counts(batch)
+        counts_there = self._send(counts)
         lr = self._base_lr * lr_factor(settings.schedule, number, settings.warmup, settings.updates)
         set_lr(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
-        total: CodebookLoss | None = None
-        starts = range(own.start, own.stop, settings.micro_batch)
-        for start in starts:
-            rows = slice(start, min(start + settings.micro_batch, own.stop))
-            last = start == starts[-1]
-            # Gradients meet those of the other processes once an update.
-            wait = nullcontext() if last else getattr(self._predict, "no_sync", nullcontext)()
-            with wait:
-                conditions = self._conditions(batch[rows], texts, rows, drops)
-                codes, counted = self._codes(batch[rows])
-                with self._precision():
-                    logits, mask = self._predict(codes, conditions)
-                loss = codebook_loss(LMOutput(logits, mask), codes, counted)
-                (self.ranks * loss.share(counts)).backward()  # type: ignore[no-untyped-call]
-            total = loss.detach() if total is None else total + loss.detach()
-        assert total is not None, "each process has clips"
-        if self.ranks > 1:
-            distributed.all_reduce(total.sums)
-            distributed.all_reduce(total.counts)
-        value = float(total.total)
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"The loss of update {number} is {value}: give a lower lr, or begin from the last "
-                "checkpoint."
+        sums = torch.zeros(len(counts), dtype=torch.float64, device=self.lm.device)
+        for start in range(0, share, settings.micro_batch):
+            rows = own[start : start + settings.micro_batch]
+            # Gradients meet those of the other processes once an update. Those of shards do so each
+            # time: in between, each process would have to hold them for all weights.
+            together = self._replicated
+            alone = (
+                nullcontext() if together is None or rows.stop == own.stop else together.no_sync()
             )
-        weights = [weight for _, weight in self._trained()]
-        norm = float(clip_grad_norm_(weights, settings.max_norm))
+            with alone:
+                loss = self._loss(together or self._predictions, batch, rows, tokens, drops)
+                (self.ranks * loss.share(counts_there)).backward()  # type: ignore[no-untyped-call]
+            sums += loss.sums.detach()
+        self._add_up(sums)
+        norm = clip_gradients(list(self._weights.values()), settings.max_norm)
+        # The one time that the host waits for the device.
+        *values, length = torch.cat([sums, norm.double()[None]]).tolist()
+        loss = CodebookLoss(torch.tensor(values, dtype=torch.float64), counts)
+        for what, value in {"loss": float(loss.total), "gradient norm": length}.items():
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"The {what} of update {number} is {value}: give a lower lr, or begin from the "
+                    "last checkpoint."
+                )
         self.optimizer.step()
         self.update = number
         self.ema.after(number)
-        return Update(number, total, norm, effective_lr(self.optimizer))
+        return Update(number, loss, length, effective_lr(self.optimizer))
+
+    def _add_up(self, sums: Tensor) -> None:
+        """Add the other processes' sums to this one's."""
+        if self.ranks > 1:
+            distributed.all_reduce(sums)
+
+    def _loss(
+        self,
+        predict: torch.nn.Module,
+        clips: Sequence[Clip],
+        rows: range,
+        tokens: Mapping[str, Mapping[str, Tensor]],
+        drops: Drops,
+    ) -> CodebookLoss:
+        """Loss of some rows of a batch, whose texts are padded to the longest of them all."""
+        chosen = [clips[row] for row in rows]
+        inputs: dict[str, Mapping[str, Tensor] | tuple[Tensor, Tensor]] = {
+            name: {key: value[rows.start : rows.stop : rows.step] for key, value in given.items()}
+            for name, given in tokens.items()
+        }
+        for name in self.lm.condition_provider.wav_conditions:
+            inputs[name] = self._chroma(name, chosen, drops.everything or name in drops.wav)
+        codes = self._send(torch.stack([clip.codes for clip in chosen])).long()
+        counted = None
+        if not self.settings.count_padding:
+            lengths = self._send(torch.tensor([clip.frames for clip in chosen]))
+            counted = clip_mask(lengths, codes.shape[-1])
+        with torch.autocast(codes.device.type, torch.bfloat16, enabled=self.settings.bfloat16):
+            logits, mask = predict(codes, inputs)
+        return codebook_loss(LMOutput(logits, mask), codes, counted)
 
     def _text(self, clip: Clip, update: int) -> str | None:
         conditions = self.settings.conditions
@@ -293,49 +395,32 @@ class Trainer:
         lengths = [frames if self.settings.count_padding else clip.frames for clip in batch]
         return count_targets(self.lm.pattern_provider.delays, frames, lengths)
 
-    def _codes(self, clips: Sequence[Clip]) -> tuple[Tensor, Tensor | None]:
-        """Codes (B, K, T), and where they count."""
-        device = self.lm.device
-        codes = torch.stack([clip.codes for clip in clips]).to(device, torch.long)
-        if self.settings.count_padding:
-            return codes, None
-        lengths = torch.tensor([clip.frames for clip in clips], device=device)
-        return codes, clip_mask(lengths, codes.shape[-1])
-
-    def _conditions(
-        self, clips: Sequence[Clip], texts: Sequence[str | None], rows: slice, drops: Drops
-    ) -> ConditionTensors:
-        """Conditions of some rows of a batch, whose texts are padded to the longest of them all."""
-        encoded: ConditionTensors = {}
+    def _tokens(self, texts: Sequence[str | None]) -> dict[str, dict[str, Tensor]]:
+        """Tokens of a batch's texts, by name of the condition."""
         conditioners = self.lm.condition_provider.conditioners
-        for name in self.lm.condition_provider.text_conditions:
-            conditioner = conditioners[name]
-            assert isinstance(conditioner, T5Conditioner)
-            tokens = conditioner.tokenize(texts)
-            encoded[name] = conditioner({key: value[rows] for key, value in tokens.items()})
-        for name in self.lm.condition_provider.wav_conditions:
-            conditioner = conditioners[name]
-            assert isinstance(conditioner, ChromaStemConditioner)
-            is_dropped = drops.everything or name in drops.wav
-            encoded[name] = conditioner.project(*_chroma(conditioner, clips, is_dropped))
-        return encoded
+        return {
+            name: cast("T5Conditioner", conditioners[name]).tokenize(texts)
+            for name in self.lm.condition_provider.text_conditions
+        }
 
-    def _precision(self) -> torch.autocast:
-        return torch.autocast(self.lm.device.type, torch.bfloat16, enabled=self.settings.bfloat16)
+    def _chroma(self, name: str, clips: Sequence[Clip], is_dropped: bool) -> tuple[Tensor, Tensor]:
+        """Chroma (B, T', n_chroma) and mask (B, T') of clips; a dropped melody is all masked."""
+        conditioner = cast("ChromaStemConditioner", self.lm.condition_provider.conditioners[name])
+        if is_dropped:
+            shape = (len(clips), _NULL_CHROMA_FRAMES)
+            chroma = torch.zeros(*shape, conditioner.chroma.n_chroma, device=self.lm.device)
+            return chroma, torch.zeros(shape, dtype=torch.long, device=self.lm.device)
+        given = [clip.chroma for clip in clips if clip.chroma is not None]
+        if len(given) != len(clips):
+            raise InputError(
+                "A melody version is trained with clips that have chroma: encode them."
+            )
+        chroma = self._send(torch.stack(given).float())
+        lengths = self._send(torch.tensor([clip.samples for clip in clips]))
+        return chroma, conditioner.length_mask(lengths, chroma.shape[1])
 
-
-def _chroma(
-    conditioner: ChromaStemConditioner, clips: Sequence[Clip], is_dropped: bool
-) -> tuple[Tensor, Tensor]:
-    """Chroma (B, T', n_chroma) and mask (B, T') of clips; a dropped melody is all masked."""
-    device = conditioner.output_proj.weight.device
-    if is_dropped:
-        shape = (len(clips), _NULL_CHROMA_FRAMES)
-        chroma = torch.zeros(*shape, conditioner.chroma.n_chroma, device=device)
-        return chroma, torch.zeros(shape, dtype=torch.long, device=device)
-    given = [clip.chroma for clip in clips if clip.chroma is not None]
-    if len(given) != len(clips):
-        raise InputError("A melody version is trained with clips that have chroma: encode them.")
-    chroma = torch.stack(given).to(device, torch.float32)
-    lengths = torch.tensor([clip.samples for clip in clips], device=device)
-    return chroma, conditioner.length_mask(lengths, chroma.shape[1])
+    def _send(self, tensor: Tensor) -> Tensor:
+        """A tensor on the model's device; the host does not wait until it is there."""
+        if self.lm.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.lm.device, non_blocking=True)

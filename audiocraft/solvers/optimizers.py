@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from audiocraft.errors import InputError
 from audiocraft.models.lm import LMModel
+from audiocraft.solvers.sharding import local
 
 logger = logging.getLogger(__name__)
 
@@ -147,8 +148,8 @@ def _local_shards(optimizer: Optimizer, flat: frozenset[str]) -> Iterator[None]:
             shard = weight.detach().to_local()  # the same storage
             shard.grad = None if weight.grad is None else weight.grad.to_local()
             for key, value in state.pop(weight, {}).items():
-                local = value.to_local() if isinstance(value, DTensor) else value
-                state[shard][key] = local.flatten() if key in flat else local
+                part = local(value) if isinstance(value, Tensor) else value
+                state[shard][key] = part.flatten() if key in flat else part
             shards.append(shard)
             pairs.append((weight, shard))
         group["params"] = shards
@@ -169,9 +170,9 @@ def _whole(value: Any, weight: DTensor) -> Any:
         return value
     shape = weight.to_local().shape
     # `expand`: Prodigy keeps the start of weights that were zero as a single zero.
-    local = (value.view(shape) if value.dim() else value.expand(shape)).contiguous()
+    part = (value.view(shape) if value.dim() else value.expand(shape)).contiguous()
     mesh, placements = weight.device_mesh, weight.placements
-    return DTensor.from_local(local, mesh, placements, shape=weight.shape, stride=weight.stride())
+    return DTensor.from_local(part, mesh, placements, shape=weight.shape, stride=weight.stride())
 
 
 def _sharded(kind: Any, flat: frozenset[str]) -> Any:
@@ -257,6 +258,34 @@ def build_optimizer(
     with _printed_to_log():
         optimizer: Optimizer = kind(given, decouple=True, **common)
     return optimizer
+
+
+def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
+    """An optimizer's `state_dict`, not copied; of spread weights this process's part."""
+    state = optimizer.state_dict()
+    parts = {
+        index: {
+            key: local(value) if isinstance(value, Tensor) else value
+            for key, value in values.items()
+        }
+        for index, values in state["state"].items()
+    }
+    return {**state, "state": parts}
+
+
+def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Go on from an `optimizer_state` of the same weights, spread in the same way."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    wholes = {
+        index: {
+            key: _whole(value.to(weights[index].device), weights[index])
+            if isinstance(weights[index], DTensor) and isinstance(value, Tensor) and value.dim()
+            else value
+            for key, value in values.items()
+        }
+        for index, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": wholes})
 
 
 def effective_lr(optimizer: Optimizer) -> float:

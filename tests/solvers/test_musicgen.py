@@ -1,20 +1,33 @@
 """Runs of a small model: they learn, and are the same however they are split and resumed."""
 
-import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from audiocraft.errors import InputError, TrainingError
-from audiocraft.solvers.checkpoints import load_checkpoint, save_checkpoint
+from audiocraft.models.builders import get_lm_model
+from audiocraft.models.loaders import read_checkpoint
+from audiocraft.modules.lora import adapter_parameters, detach, load_adapter_state
+from audiocraft.solvers.checkpoints import find_checkpoint, load_state, save_checkpoint
 from audiocraft.solvers.conditions import ConditionSettings
-from audiocraft.solvers.launch import launch
+from audiocraft.solvers.loss import count_targets
 from audiocraft.solvers.musicgen import Trainer, batch_clips
 from audiocraft.solvers.optimizers import OptimizerSettings
-from tests.solvers.training import SETTINGS, clips, model
-
-OPTIMIZERS = {"adamw": 3e-3, "dadam": 1.0, "prodigy": 1.0}
+from tests.golden_data import GOLDEN
+from tests.solvers.training import (
+    FRAMES,
+    OPTIMIZERS,
+    SETTINGS,
+    Case,
+    clips,
+    close,
+    model,
+    train,
+    train_in,
+)
 
 
 def losses(settings, until=None, trainer=None):
@@ -36,16 +49,22 @@ def test_micro_batches_change_rounding_only(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize(("processes", "micro"), [(2, 4), (4, 1)])
-def test_processes_change_rounding_only(name, processes, micro, tmp_path):
-    settings = replace(SETTINGS, optimizer=OptimizerSettings(name, OPTIMIZERS[name]))
-    alone, _ = losses(settings)
-    path = tmp_path / "losses.json"
-    arguments = [str(micro), name, str(OPTIMIZERS[name]), str(path)]
-    launch("tests.solvers.training", arguments, processes, lambda _: None)
-    together = json.loads(path.read_text())
-    torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), rtol=0, atol=1e-5)
+def test_processes_change_rounding_only(processes, micro, tmp_path):
+    cases = [Case(name, micro=micro) for name in OPTIMIZERS]
+    first, *others = train_in(processes, cases, tmp_path)
+    for case, together in zip(cases, first, strict=True):
+        alone = train(replace(case, micro=8), tmp_path)
+        close(together["losses"], alone["losses"], 1e-5)
+        close(together["evaluated"], alone["evaluated"], 1e-3)  # of sums over 100 times as much
+        assert together["counts"] == alone["counts"]
+        close(together["exported"], alone["exported"], 1e-3)
+    for other in others:
+        for ours, theirs in zip(other, first, strict=True):
+            assert ours["exported"] is None
+            assert ours["losses"] == theirs["losses"]
+            assert ours["evaluated"] == theirs["evaluated"]
+            close(ours["state"], theirs["state"], 0.0)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -53,9 +72,9 @@ def test_a_resumed_run_is_the_same_bit_for_bit(name, tmp_path):
     settings = replace(SETTINGS, optimizer=OptimizerSettings(name, OPTIMIZERS[name]))
     whole, expected = losses(settings)
     first, begun = losses(settings, until=13)
-    save_checkpoint(tmp_path / "last.pt", begun.state_dict())
+    save_checkpoint(tmp_path, 13, begun.state_dict(), {})
     resumed = Trainer(model(), settings)
-    resumed.load_state_dict(load_checkpoint(tmp_path / "last.pt"))
+    resumed.load_state_dict(load_state(find_checkpoint(tmp_path)))
     rest, _ = losses(settings, trainer=resumed)
     assert first + rest == whole
     for key, value in expected.lm.state_dict().items():
@@ -136,3 +155,133 @@ def test_in_sixteen_bit():
     assert half != whole
     torch.testing.assert_close(torch.tensor(half), torch.tensor(whole), rtol=0, atol=0.1)
     assert all(weight.dtype == torch.float32 for weight in trainer.lm.parameters())
+
+
+@pytest.mark.parametrize("case", [Case(kind="mono"), Case(), Case(kind="mono", lora_rank=4)])
+def test_activations_computed_again_are_the_same_bit_for_bit(case, tmp_path):
+    """Text and melody, full and LoRA; each layer is run twice an update."""
+    kept = train(case, tmp_path)
+    again = train(replace(case, checkpointing=True), tmp_path)
+    close(again, kept, 0.0)
+    trainer = replace(case, checkpointing=True).trainer()
+    runs = []
+    layer = trainer.lm.transformer.layers[1]
+    layer.norm2.register_forward_hook(lambda *_: runs.append(1))
+    trainer.train(clips(num_codebooks=trainer.lm.num_codebooks), lambda _: None, 3)
+    assert len(runs) == 6
+    trainer.evaluate(clips(2, num_codebooks=trainer.lm.num_codebooks))
+    assert len(runs) == 7
+
+
+@pytest.mark.parametrize("case", [Case(lora_rank=4, micro=3), Case("dadam", "mono", lora_rank=4)])
+def test_adapters_are_trained_averaged_resumed_and_exported(case, tmp_path):
+    whole = train(case, tmp_path)
+    resumed = train(replace(case, resumed=13), tmp_path)
+    close(resumed, whole, 0.0)
+    losses = [loss for loss, _ in whole["losses"]]
+    assert losses[-1] < losses[0] - 0.1
+    trainer = case.trainer()
+    assert whole["exported"].keys() == adapter_parameters(trainer.lm).keys()
+    assert whole["state"]["ema"]["average"].keys() == whole["exported"].keys()
+    assert trainer.exported_state()["transformer.layers.0.linear1.weight.lora_b"].abs().max() == 0
+    assert whole["exported"]["transformer.layers.0.linear1.weight.lora_b"].abs().max() > 0
+    trainer.load_state_dict(whole["state"])
+    base = model(case.kind)
+    detach(trainer.lm)
+    assert all(torch.equal(v, trainer.lm.state_dict()[k]) for k, v in base.state_dict().items())
+
+
+def test_adapters_on_a_base_of_16_bit(tmp_path):
+    half = train(Case(lora_rank=4, sixteen=True), tmp_path)
+    whole = train(Case(lora_rank=4), tmp_path)
+    close(half["losses"], whole["losses"], 0.1)
+    trainer = Case(lora_rank=4, sixteen=True).trainer()
+    adapters = set(adapter_parameters(trainer.lm).values())
+    for weight in trainer.lm.parameters():
+        assert weight.dtype == (torch.float32 if weight in adapters else torch.bfloat16)
+    with pytest.raises(InputError, match="need bfloat16"):
+        Trainer(model(lora_rank=4, frozen16=True), SETTINGS)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_what_is_exported_is_the_average(lora_rank):
+    """In 16 bit, of which another trainer says the same."""
+    case = Case(kind="mono", lora_rank=lora_rank)
+    trainer, data = case.trainer(), clips(num_codebooks=4)
+    start = trainer.exported_state()
+    for name, weight in (adapter_parameters(trainer.lm) or trainer.lm.state_dict()).items():
+        assert torch.equal(start[name], weight.half())  # no step yet
+    trainer.train(data, lambda _: None)
+    own = {name: value.clone() for name, value in trainer.lm.state_dict().items()}
+    expected = trainer.evaluate(data)
+    state = trainer.exported_state()
+    assert all(value.dtype == torch.float16 for value in state.values())
+    for name, value in trainer.ema.average.items():
+        assert torch.equal(state[name], value.half())
+    assert all(torch.equal(value, own[name]) for name, value in trainer.lm.state_dict().items())
+    apart = trainer.evaluate(data, averaged=False)
+    assert (apart.sums - expected.sums).abs().max() > 1
+    other = Trainer(model("mono", lora_rank), case.settings())
+    if lora_rank:
+        load_adapter_state(other.lm, state)
+    else:
+        other.lm.load_state_dict(state)
+    close(float(other.evaluate(data).total), float(expected.total), 1e-4)
+
+
+def test_evaluation_is_of_each_clip_once():
+    trainer, data = Case(micro=3).trainer(), clips()
+    drops = replace(SETTINGS.conditions, cfg_p=1.0)
+    assert torch.equal(
+        trainer.evaluate(data).sums,
+        Trainer(model(), replace(SETTINGS, micro_batch=3, conditions=drops)).evaluate(data).sums,
+    )
+    once = trainer.evaluate(data)
+    frames = [clip.frames for clip in data]
+    delays = trainer.lm.pattern_provider.delays
+    assert torch.equal(once.counts, count_targets(delays, FRAMES, frames))
+    close(trainer.evaluate(data[::-1]).sums, once.sums, 1e-3)
+
+
+def test_a_new_model_is_trained_by_the_same_loop():
+    """From random weights as `get_lm_model` makes them, text and melody."""
+    torch.manual_seed(0)
+    cfg = read_checkpoint(GOLDEN / "tiny_release/stereo-melody/state_dict.bin").cfg
+    lm = get_lm_model(cfg, GOLDEN / "t5_tiny")
+    settings = replace(SETTINGS, updates=150, conditions=ConditionSettings(cfg_p=0.1))
+    trainer = Trainer(lm, settings)
+    before = float(trainer.evaluate(clips()).total)
+    assert before == pytest.approx(math.log(32), abs=1.0)  # it knows nothing, and is calm
+    seen, _ = losses(settings, trainer=trainer)
+    assert seen[-1] < 0.5 * seen[0]
+    assert float(trainer.evaluate(clips()).total) < 0.5 * before
+
+
+class _Waits(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in {
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.nonzero,
+            torch.ops.aten.masked_select,
+            torch.ops.aten.equal,
+        }
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("kind", ["mono", "stereo-melody"])
+def test_the_host_does_not_wait_for_each_micro_batch(kind):
+    counts = []
+    for micro in (8, 2, 1):
+        trainer = Case(kind=kind, micro=micro).trainer()
+        data = clips(num_codebooks=trainer.lm.num_codebooks)
+        trainer.train(data, lambda _: None, 2)
+        with _Waits() as waits:
+            trainer.train(data, lambda _: None, 3)
+        counts.append(waits.count)
+    assert counts[0] == counts[1] == counts[2] > 0

@@ -1,15 +1,20 @@
 """A small training for tests, in this process or as a rank of a job."""
 
+import copy
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import pytest
 import torch
 from torch import distributed
 
 from audiocraft.models.loaders import build_lm_model, read_checkpoint
+from audiocraft.modules.lora import attach, lora_config
+from audiocraft.solvers.checkpoints import find_checkpoint, load_state, save_checkpoint
 from audiocraft.solvers.conditions import ConditionSettings, parse_metadata
+from audiocraft.solvers.launch import launch
 from audiocraft.solvers.musicgen import Clip, Trainer, TrainSettings
 from audiocraft.solvers.optimizers import OptimizerSettings
 from tests.golden_data import GOLDEN
@@ -30,12 +35,18 @@ SETTINGS = TrainSettings(
     warmup=2,
     conditions=DROPOUTS,
 )
+OPTIMIZERS = {"adamw": 3e-3, "dadam": 1.0, "prodigy": 1.0}
+CODEBOOKS = {"mono": 4, "stereo-melody": 8}
 
 
-def model(kind="stereo-melody"):
-    """A small model of a kind, in float32."""
+def model(kind="stereo-melody", lora_rank=0, *, frozen16=False):
+    """A small model of a kind, in float32; with adapters its base may be 16 bit."""
     checkpoint = read_checkpoint(GOLDEN / "tiny_release" / kind / "state_dict.bin")
-    return build_lm_model(checkpoint, GOLDEN / "t5_tiny", "cpu")
+    dtype = torch.bfloat16 if frozen16 else torch.float32
+    lm = build_lm_model(checkpoint, GOLDEN / "t5_tiny", "cpu", dtype)
+    if lora_rank:
+        attach(lm, lora_config(lora_rank), torch.Generator().manual_seed(0))
+    return lm
 
 
 def clips(number=12, num_codebooks=8, card=32):
@@ -59,18 +70,104 @@ def clips(number=12, num_codebooks=8, card=32):
     return made
 
 
-def main() -> None:
-    """Rank of a job: micro-batch, optimizer, lr and the file for what rank 0 saw."""
-    torch.set_num_threads(1)
-    micro, name, lr, path = int(sys.argv[1]), sys.argv[2], float(sys.argv[3]), Path(sys.argv[4])
-    distributed.init_process_group("gloo")
-    settings = replace(SETTINGS, micro_batch=micro, optimizer=OptimizerSettings(name, lr))
-    trainer = Trainer(model(), settings)
+def close(ours, theirs, limit):
+    """Whatever they are made of: numbers and tensors differ by no more than `limit`."""
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys()
+        ours, theirs = list(ours.values()), list(theirs.values())
+    if isinstance(theirs, list | tuple):
+        for mine, other in zip(ours, theirs, strict=True):
+            close(mine, other, limit)
+    elif isinstance(theirs, torch.Tensor):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=limit)
+    elif isinstance(theirs, float):
+        assert ours == pytest.approx(theirs, rel=0, abs=limit)
+    else:
+        assert ours == theirs
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training and what it trains; `resumed` after so many updates, if not 0."""
+
+    optimizer: str = "adamw"
+    kind: str = "stereo-melody"
+    micro: int = 8
+    lora_rank: int = 0
+    sharded: bool = False
+    checkpointing: bool = False
+    ema_on_host: bool = False
+    sixteen: bool = False
+    resumed: int = 0
+
+    def settings(self):
+        return replace(
+            SETTINGS,
+            micro_batch=self.micro,
+            optimizer=OptimizerSettings(self.optimizer, OPTIMIZERS[self.optimizer]),
+            checkpointing=self.checkpointing,
+            sharded=self.sharded,
+            ema_on_host=self.ema_on_host,
+            bfloat16=self.sixteen,
+        )
+
+    def trainer(self):
+        frozen16 = self.sixteen and self.lora_rank > 0
+        return Trainer(model(self.kind, self.lora_rank, frozen16=frozen16), self.settings())
+
+
+def train(case, folder):
+    """What a training says: losses, evaluations, the exported state and the last weights."""
+    trainer, data = case.trainer(), clips(num_codebooks=CODEBOOKS[case.kind])
     losses = []
-    trainer.train(clips(), lambda update: losses.append(float(update.loss.total)))
-    if distributed.get_rank() == 0:
-        path.write_text(json.dumps(losses))
-    distributed.destroy_process_group()
+
+    def note(update):
+        losses.append((float(update.loss.total), update.grad_norm))
+
+    if case.resumed:
+        trainer.train(data, note, case.resumed)
+        save_checkpoint(
+            folder,
+            case.resumed,
+            trainer.state_dict(),
+            {},
+            rank=trainer.rank,
+            parts=trainer.ranks,
+            barrier=distributed.barrier if trainer.ranks > 1 else lambda: None,
+        )
+        trainer = case.trainer()
+        trainer.load_state_dict(load_state(find_checkpoint(folder), trainer.rank))
+    trainer.train(data, note)
+    # An odd number of clips: one process has one less.
+    evaluated = trainer.evaluate(data[:7], averaged=False)
+    averaged = trainer.evaluate(data[:7])
+    again = trainer.evaluate(data[:1], averaged=False)  # of which one process has none
+    return {
+        "losses": losses,
+        "evaluated": evaluated.sums.tolist() + averaged.sums.tolist() + again.sums.tolist(),
+        "counts": evaluated.counts.tolist(),
+        "exported": trainer.exported_state(),
+        "state": copy.deepcopy(trainer.state_dict()),
+    }
+
+
+def train_in(processes, cases, folder):
+    """What each process of a job says of each case: `[rank][case]`."""
+    path = folder / "cases.json"
+    path.write_text(json.dumps([asdict(case) for case in cases]))
+    launch("tests.solvers.training", [str(path)], processes, lambda _: None)
+    return [torch.load(folder / f"results-{rank}.pt") for rank in range(processes)]
+
+
+def main() -> None:
+    """A rank: takes a file of cases, and writes what came of each beside it."""
+    torch.set_num_threads(1)
+    path = Path(sys.argv[1])
+    distributed.init_process_group("gloo")
+    results = []
+    for number, given in enumerate(json.loads(path.read_text())):
+        results.append(train(Case(**given), path.parent / f"run {number}"))
+    torch.save(results, path.parent / f"results-{distributed.get_rank()}.pt")
 
 
 if __name__ == "__main__":
