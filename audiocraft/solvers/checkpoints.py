@@ -1,4 +1,9 @@
-"""The folder of a job, and what lies in it to go on from."""
+"""The folder of a job, and what lies in it to go on from.
+
+A checkpoint is a folder named by its update: one file of state for each process that has a part of
+its own, and the notes. It is filled under another name and renamed when it is whole and on the
+disk, and it loses that name before it is removed, so what has such a name is whole.
+"""
 
 import contextlib
 import fcntl
@@ -6,16 +11,23 @@ import hashlib
 import json
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
+from audiocraft.assets.download import show_size
 from audiocraft.errors import InputError, TrainingError
+
+CHECKPOINTS: Final = "checkpoints"
+"""In the folder of a job."""
 
 _LOCK: Final = "lock"
 _UNFINISHED: Final = ".unfinished"
+_NOTES: Final = "notes.json"
+_SPARE: Final = 100_000_000  # bytes that a disk keeps free
 
 
 def job_key(dataset: str, settings: Mapping[str, Any]) -> str:
@@ -33,10 +45,14 @@ def job_key(dataset: str, settings: Mapping[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def work_folder(folder: Path) -> Iterator[Path]:
+def work_folder(folder: Path, *, fresh: bool = False) -> Iterator[Path]:
     """A folder that no other job uses until the block ends; it is made if missing.
 
     The lock is the kernel's: it ends with this process, however that ends.
+
+    Args:
+        folder: the folder.
+        fresh: remove everything in it first.
 
     Raises:
         InputError: another job uses it.
@@ -54,42 +70,155 @@ def work_folder(folder: Path) -> Iterator[Path]:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        for left in folder.rglob(f"*{_UNFINISHED}"):  # by a process that was killed
-            left.unlink()
+        for path in list(folder.rglob("*")):
+            # The rest is of a process that was killed.
+            if (fresh and path.name != _LOCK) or path.name.endswith((_UNFINISHED, ".new")):
+                _remove(path)
         yield folder
 
 
-def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a checkpoint; the one before stays whole until this one is on the disk.
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def save_checkpoint(
+    folder: Path,
+    update: int,
+    state: Mapping[str, Any] | None,
+    notes: Mapping[str, Any],
+    *,
+    rank: int = 0,
+    parts: int = 1,
+    barrier: Callable[[], object] = lambda: None,
+) -> None:
+    """Write a checkpoint; those before stay until it is whole and on the disk, and go then.
+
+    Every process of the job calls it.
 
     Args:
-        path: of the file.
-        state: tensors, numbers, texts, and dictionaries and lists of these.
+        folder: of the job.
+        update: that it was made after.
+        state: of this process: tensors, numbers, texts, and dictionaries and lists of these. None
+            for a process that has no part of its own.
+        notes: what to know of it without loading it; JSON values.
+        rank: of this process; the first one writes the notes.
+        parts: processes that have a part, the first ones.
+        barrier: waits for all processes.
+
+    Raises:
+        TrainingError: the disk has too little free.
     """
-    unfinished = path.with_name(f"{path.name}{_UNFINISHED}")
+    above = folder / CHECKPOINTS
+    unfinished, whole = above / f"{update}{_UNFINISHED}", above / str(update)
+    unfinished.mkdir(parents=True, exist_ok=True)
+    if state is not None:
+        need = _size(state)
+        if rank == 0:
+            _check_room(folder, update, need * parts)
+        _write(_part(unfinished, rank), lambda file: torch.save(dict(state), file))
+    barrier()
+    if rank == 0:
+        text = json.dumps(dict(notes)).encode()
+        _write(unfinished / _NOTES, lambda file: file.write(text))
+        _sync(unfinished)
+        unfinished.replace(whole)
+        _sync(above)
+        for update_before in _updates(folder):
+            if update_before != update:
+                old = above / f"{update_before}{_UNFINISHED}"
+                (above / str(update_before)).replace(old)
+                shutil.rmtree(old)
+    barrier()
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """The last whole checkpoint of a job's folder; None where there is none."""
+    updates = _updates(folder)
+    return folder / CHECKPOINTS / str(max(updates)) if updates else None
+
+
+def read_notes(checkpoint: Path) -> dict[str, Any]:
+    """The notes of a checkpoint.
+
+    Raises:
+        TrainingError: they are broken.
+    """
     try:
-        with unfinished.open("wb") as file:
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        notes: dict[str, Any] = json.loads((checkpoint / _NOTES).read_bytes())
+    except (OSError, ValueError) as error:
+        raise _broken(checkpoint, error) from error
+    return notes
 
 
-def load_checkpoint(path: Path) -> dict[str, Any] | None:
-    """A checkpoint on the CPU; None where there is none.
+def load_state(checkpoint: Path, part: int = 0, *, mapped: bool = False) -> dict[str, Any]:
+    """The state of a process in a checkpoint, on the CPU.
+
+    Args:
+        checkpoint: from `find_checkpoint`.
+        part: rank of the process; 0 where all have the same.
+        mapped: leave tensors in the file until they are copied, so that several processes on one
+            machine do not have it all in memory.
 
     Raises:
         TrainingError: it is broken.
     """
-    if not path.exists():
-        return None
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(
+            _part(checkpoint, part), map_location="cpu", weights_only=True, mmap=mapped
+        )
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        raise TrainingError(
-            f"The checkpoint {path} is broken ({type(error).__name__}): remove it, or begin again "
-            "with --fresh."
-        ) from error
+        raise _broken(checkpoint, error) from error
     return state
+
+
+def _broken(checkpoint: Path, error: Exception) -> TrainingError:
+    return TrainingError(
+        f"The checkpoint {checkpoint} is broken ({type(error).__name__}): remove it, or begin "
+        "again with --fresh."
+    )
+
+
+def _part(checkpoint: Path, rank: int) -> Path:
+    return checkpoint / f"state-{rank}.pt"
+
+
+def _updates(folder: Path) -> list[int]:
+    return [int(path.name) for path in (folder / CHECKPOINTS).glob("*") if path.name.isdecimal()]
+
+
+def _write(path: Path, write: Callable[[Any], object]) -> None:
+    with path.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Have the names in a folder on the disk too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _size(state: Any) -> int:
+    """Bytes of the tensors in a state."""
+    if isinstance(state, torch.Tensor):
+        return state.nbytes
+    if isinstance(state, Mapping):
+        return sum(map(_size, state.values()))
+    return sum(map(_size, state)) if isinstance(state, list | tuple) else 0
+
+
+def _check_room(folder: Path, update: int, need: int) -> None:
+    free = shutil.disk_usage(folder).free - _SPARE
+    if free < need:
+        raise TrainingError(
+            f"The checkpoint of update {update} needs {show_size(need)} on the disk of {folder}, "
+            f"which has {show_size(max(0, free))}: free some, and start the training again, which "
+            "goes on from the checkpoint before."
+        )

@@ -25,16 +25,15 @@ def main() -> NoReturn:
     if os.getppid() != int(os.environ[AGENT]):  # it died before
         os.kill(os.getpid(), signal.SIGKILL)
     del sys.argv[0]
-    status = 1
     try:
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-        status = 0
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except SystemExit as asked:
+        end(asked.code if isinstance(asked.code, int) else int(asked.code is not None))
     except Exception as error:  # noqa: BLE001 - the caller raises it
         traceback.print_exc()
         _leave(str(error) or type(error).__name__)
-    _end(status)
+        end(1)  # here, where the error still holds all that was in use, see `end`
+    end(0)
 
 
 def _leave(message: str) -> None:
@@ -44,12 +43,17 @@ def _leave(message: str) -> None:
     (Path(os.environ[FOLDER]) / f"rank-{rank}.json").write_text(json.dumps(left))
 
 
-def _end(status: int) -> NoReturn:
+def end(status: int) -> NoReturn:
     """End without the interpreter's own clearing up.
 
     Threads of gloo may still hold tensors then, and abort the process as they let go of them after
     the interpreter has gone: a job whose work is done would fail, and one that failed would lose
-    its reason.
+    its reason. A module that has joined the others calls this itself, before it lets go of what
+    communicates: a model under DDP is the last to hold gloo, whose end waits for its threads, and
+    these may wait for the interpreter to let go of a tensor, for ever.
+
+    Args:
+        status: of the process.
     """
     logging.shutdown()
     sys.stdout.flush()

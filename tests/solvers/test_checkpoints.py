@@ -2,9 +2,11 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,9 +14,20 @@ import pytest
 import torch
 
 from audiocraft.errors import InputError, TrainingError
-from audiocraft.solvers.checkpoints import job_key, load_checkpoint, save_checkpoint, work_folder
+from audiocraft.solvers.checkpoints import (
+    find_checkpoint,
+    job_key,
+    load_state,
+    read_notes,
+    save_checkpoint,
+    work_folder,
+)
 
 ROOT = Path(__file__).parents[2]
+
+
+def names(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def test_the_same_job_has_the_same_name():
@@ -25,43 +38,103 @@ def test_the_same_job_has_the_same_name():
     assert len({key, job_key("abd", settings), job_key("abc", settings | {"lr": 2.0})}) == 3
 
 
-def test_what_is_saved_comes_back(tmp_path):
-    path = tmp_path / "last.pt"
-    assert load_checkpoint(path) is None
+@pytest.mark.parametrize("mapped", [False, True])
+def test_what_is_saved_comes_back(tmp_path, mapped):
+    assert find_checkpoint(tmp_path) is None
     state = {
         "model": {"a": torch.randn(3, dtype=torch.bfloat16)},
         "update": 7,
         "losses": [0.5, float("inf")],
         "rng": torch.get_rng_state(),
     }
-    save_checkpoint(path, state)
-    loaded = load_checkpoint(path)
+    save_checkpoint(tmp_path, 7, state, {"best": 5})
+    checkpoint = find_checkpoint(tmp_path)
+    loaded = load_state(checkpoint, mapped=mapped)
     assert torch.equal(loaded["model"]["a"], state["model"]["a"])
     assert torch.equal(loaded["rng"], state["rng"])
     assert (loaded["update"], loaded["losses"]) == (7, [0.5, float("inf")])
-    assert [item.name for item in tmp_path.iterdir()] == ["last.pt"]
+    assert read_notes(checkpoint) == {"best": 5}
+
+
+def test_a_whole_one_takes_the_place_of_those_before(tmp_path):
+    for update in (9, 100, 200):
+        save_checkpoint(tmp_path, update, {"x": torch.ones(1)}, {})
+        assert find_checkpoint(tmp_path) == tmp_path / "checkpoints" / str(update)
+        assert names(tmp_path) == [
+            f"checkpoints/{update}/notes.json",
+            f"checkpoints/{update}/state-0.pt",
+        ]
 
 
 def test_a_failed_write_leaves_the_last_one(tmp_path, monkeypatch):
-    path = tmp_path / "last.pt"
-    save_checkpoint(path, {"update": 1})
+    save_checkpoint(tmp_path, 1, {"update": 1}, {})
+    with monkeypatch.context() as patch:
+        for call in (1, 2, 3, 4):
+            calls = iter(range(10))
 
-    def fail(*_):
-        raise OSError(28, "No space left on device")
+            def fail(*_, call=call, calls=calls):
+                if next(calls) + 1 == call:
+                    raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="No space"):
-        save_checkpoint(path, {"update": 2})
-    assert load_checkpoint(path) == {"update": 1}
-    assert [item.name for item in tmp_path.iterdir()] == ["last.pt"]
+            patch.setattr(os, "fsync", fail)
+            with pytest.raises(OSError, match="No space"):
+                save_checkpoint(tmp_path, 2, {"update": 2}, {})
+            # The fourth is that of the folder, when the new one is whole as well.
+            assert load_state(find_checkpoint(tmp_path)) == {"update": 2 if call == 4 else 1}
+    with work_folder(tmp_path):
+        assert names(tmp_path / "checkpoints") == [
+            f"{update}/{name}" for update in (1, 2) for name in ("notes.json", "state-0.pt")
+        ]
+
+
+def test_a_disk_that_is_too_small(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, 1, {"update": 1}, {})
+    usage = shutil.disk_usage(tmp_path)._replace(free=100_000_000 + 4_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    state = {"weights": {"a": torch.zeros(600_000)}, "optimizer": {0: [torch.zeros(600_000)]}}
+    with pytest.raises(TrainingError) as caught:
+        save_checkpoint(tmp_path, 2, state, {})
+    assert str(caught.value) == (
+        f"The checkpoint of update 2 needs 4.8 MB on the disk of {tmp_path}, which has 4.0 MB: "
+        "free some, and start the training again, which goes on from the checkpoint before."
+    )
+    assert load_state(find_checkpoint(tmp_path)) == {"update": 1}
+    save_checkpoint(tmp_path, 2, {"a": torch.zeros(900_000)}, {})
+
+
+def test_parts_count_when_all_are_there(tmp_path):
+    """Each process has a part; while one of them writes, there is nothing to be seen."""
+    both = threading.Barrier(2)
+    seen = []
+
+    def save(rank):
+        if rank == 1:
+            time.sleep(0.3)
+            seen.append(find_checkpoint(tmp_path))
+        state = {"rank": rank}
+        save_checkpoint(tmp_path, 5, state, {}, rank=rank, parts=2, barrier=both.wait)
+        seen.append(find_checkpoint(tmp_path))
+
+    threads = [threading.Thread(target=save, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    whole = tmp_path / "checkpoints/5"
+    assert seen == [None, whole, whole]
+    assert [load_state(whole, part) for part in (0, 1)] == [{"rank": 0}, {"rank": 1}]
 
 
 def test_a_broken_one_is_named(tmp_path):
-    path = tmp_path / "last.pt"
+    save_checkpoint(tmp_path, 3, {"update": 3}, {})
+    checkpoint = find_checkpoint(tmp_path)
     for content in (b"", b"not a checkpoint", b"PK\x03\x04 cut off"):
-        path.write_bytes(content)
-        with pytest.raises(TrainingError, match=r"last\.pt is broken .* --fresh\.$"):
-            load_checkpoint(path)
+        (checkpoint / "state-0.pt").write_bytes(content)
+        with pytest.raises(TrainingError, match=r"checkpoints/3 is broken .* --fresh\.$"):
+            load_state(checkpoint)
+    (checkpoint / "notes.json").write_text("{")
+    with pytest.raises(TrainingError, match=r"checkpoints/3 is broken .* --fresh\.$"):
+        read_notes(checkpoint)
 
 
 def test_one_job_at_a_time(tmp_path):
@@ -79,13 +152,27 @@ def test_one_job_at_a_time(tmp_path):
         pass
 
 
+def test_a_fresh_folder_is_empty(tmp_path):
+    folder, beside = tmp_path / "runs/abc", tmp_path / "runs/data"
+    beside.mkdir(parents=True)
+    (beside / "codes").touch()
+    with work_folder(folder):
+        save_checkpoint(folder, 3, {"update": 3}, {})
+        (folder / "music").symlink_to(beside)
+    with work_folder(folder):
+        assert find_checkpoint(folder) is not None
+    with work_folder(folder, fresh=True):
+        assert [path.name for path in folder.iterdir()] == ["lock"]
+    assert (beside / "codes").exists()
+
+
 SAVER = """
 import sys, torch
 from pathlib import Path
 from audiocraft.solvers.checkpoints import save_checkpoint, work_folder
 with work_folder(Path(sys.argv[1])) as folder:
-    for update in range(10**9):
-        save_checkpoint(folder / "last.pt", {"update": update, "x": torch.full((500_000,), update)})
+    for update in range(int(sys.argv[2]), 10**9):
+        save_checkpoint(folder, update, {"x": torch.full((500_000,), update)}, {"update": update})
         print(update, flush=True)
 """
 
@@ -94,9 +181,10 @@ with work_folder(Path(sys.argv[1])) as folder:
 def test_killed_while_it_saves(tmp_path):
     """`kill -9` ten times, at any moment: the lock is free and the checkpoint whole."""
     choose = random.Random(1)  # noqa: S311 - a repeatable choice
+    last = -1
     for _ in range(10):
         with subprocess.Popen(
-            [sys.executable, "-c", SAVER, str(tmp_path)],
+            [sys.executable, "-c", SAVER, str(tmp_path), str(last + 1)],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             text=True,
@@ -106,7 +194,8 @@ def test_killed_while_it_saves(tmp_path):
             process.send_signal(signal.SIGKILL)
             seen += [int(line) for line in process.stdout.read().split()]
         with work_folder(tmp_path):
-            state = load_checkpoint(tmp_path / "last.pt")
-            assert state["update"] >= seen[-1]
-            assert bool((state["x"] == state["update"]).all())
-            assert {item.name for item in tmp_path.iterdir()} == {"last.pt", "lock"}
+            checkpoint = find_checkpoint(tmp_path)
+            last = read_notes(checkpoint)["update"]
+            assert last >= seen[-1]
+            assert bool((load_state(checkpoint)["x"] == last).all())
+            assert not list(tmp_path.rglob("*.unfinished"))

@@ -1,0 +1,307 @@
+"""A training from its dataset to its file of weights, as a chain of processes.
+
+This one stays light: it checks, plans, fetches what is missing, and starts the others one after the
+other. Models are built in those alone.
+"""
+
+import hashlib
+import json
+import os
+import shlex
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+from audiocraft.assets.download import show_size
+from audiocraft.assets.parts import read_json, write_json
+from audiocraft.data.archive import SIDE, split_name, unwanted
+from audiocraft.data.dataset import DatasetSettings, disk_need, load_prepared, remove_intermediates
+from audiocraft.data.files import find
+from audiocraft.data.labels import check_label_models
+from audiocraft.data.report import write_report
+from audiocraft.errors import InputError, TrainingError
+from audiocraft.models.versions import VERSIONS
+from audiocraft.solvers.checkpoints import job_key, work_folder
+from audiocraft.solvers.devices import Device, find_devices
+from audiocraft.solvers.job import Place, TrainingJob, write_job
+from audiocraft.solvers.launch import launch
+from audiocraft.solvers.memory import estimate_seconds, plan_memory
+from audiocraft.solvers.needs import check_disk, fetch_base
+from audiocraft.solvers.plan import Plan
+from audiocraft.solvers.prepare import DATASET_FILE
+from audiocraft.solvers.result import WEIGHTS_FILE, describe_training, read_metadata
+from audiocraft.solvers.state import check_resumable, read_state, show_time
+
+REPORT_FILE: Final = "report.json"
+"""In the work folder: the fate of each file, labels, settings, losses and times."""
+
+_DATA, _UNPACKED = "data", "unpacked"  # beside the work folders, shared by all jobs
+_RESULT, _TIMES = "result.json", "times.json"  # in the work folder
+
+Log = Callable[[str], None]
+"""Takes a line for the user."""
+
+
+def run_job(
+    job: TrainingJob,
+    dataset: Path,
+    *,
+    runs: Path,
+    weights: Path,
+    processes: int | None = None,
+    fresh: bool = False,
+    allow_cpu: bool = False,
+    log: Log,
+) -> Path:
+    """Fine-tune a model on a dataset; the same job on the same dataset goes on where it was.
+
+    Args:
+        job: what to train, and how.
+        dataset: an archive, a folder or a file of music; it is only read.
+        runs: where the work folders lie.
+        weights: folder where the result goes; that of another training is renamed there.
+        processes: that train where there is no GPU, 1 if not given; else there is one per GPU.
+        fresh: discard what an earlier start of the job has left.
+        allow_cpu: let a CPU train all weights of a released version.
+        log: takes the lines that say how it goes.
+
+    Returns:
+        The file of weights.
+
+    Raises:
+        InputError: the job cannot be done with these settings, this music or this machine.
+        AssetError: something is missing on disk, or room.
+        TrainingError: a process failed, or the loss is not finite.
+    """
+    where = _check(job, processes, allow_cpu=allow_cpu, log=log)
+    base = fetch_base(job)
+    found = find(dataset, runs / _UNPACKED)
+    work = runs / job_key(found.key, asdict(job))
+    log(f"Work folder: {work}")
+    with work_folder(work, fresh=fresh):
+        finished = _finished(work, weights)
+        if finished is not None:
+            log("This training has ended before: here is its result, nothing is trained again.")
+            _show_result(finished, str(read_json(work / _RESULT)["sha256"]), log)
+            return finished
+        state = read_state(work)
+        if state is not None:
+            check_resumable(state, where.processes, sharded=where.plan.sharded)
+        is_prepared = (work / DATASET_FILE).is_file()
+        settings = DatasetSettings(job.one_same_description, job.vocabularies, job.stems)
+        needed = 0 if is_prepared else disk_need(found, settings, base.melody)
+        check_disk(job, base, work, weights, needed)
+        place = Place(
+            dataset=str(dataset.absolute()),
+            source=dataset.name,
+            data=str((runs / _DATA).absolute()),
+            unpacked=str((runs / _UNPACKED).absolute()),
+            weights=str(weights.absolute()),
+            device="cuda" if where.devices else "cpu",
+            processes=where.processes,
+            plan=where.plan,
+        )
+        write_job(work, job, place)
+        if state is None or state.update < state.updates:
+            _prepare(work, job, log)
+            with _timed(work, "train"):
+                launch("audiocraft.solvers.rounds", [str(work)], where.processes, log)
+        return _finish(work, job, place, log)
+
+
+@dataclass(frozen=True)
+class _Where:
+    """What a job runs on."""
+
+    devices: Sequence[Device]
+    processes: int
+    plan: Plan
+
+
+def _check(job: TrainingJob, processes: int | None, *, allow_cpu: bool, log: Log) -> _Where:
+    """Refuse what can be refused before anything is fetched.
+
+    Raises:
+        InputError: the job does not fit itself or the machine.
+        AssetError: models that label music are missing.
+    """
+    devices = find_devices()
+    number = len(devices) or processes or 1
+    if job.batch_size % number:
+        raise InputError(
+            f"batch_size is {job.batch_size}, it must be a multiple of the {number} processes."
+        )
+    is_released = VERSIONS[job.version].source.startswith("facebook/")
+    if not devices and not allow_cpu and not job.lora_rank and is_released:
+        raise InputError(
+            f"All weights of {job.version} would be trained without a GPU, which takes days: set "
+            "ALLOW_CPU=1 to do that, or give lora_rank=16 or model_version=tiny."
+        )
+    plan, lines = plan_memory(job, devices, number)
+    for line in lines:
+        log(line)
+    if job.vocabularies is not None:
+        check_label_models()
+    return _Where(devices, number, plan)
+
+
+def _prepare(work: Path, job: TrainingJob, log: Log) -> None:
+    """Have the music ready, and report what became of each file."""
+    launch("audiocraft.solvers.prepare", [str(work)], 1, log)
+    prepared = load_prepared(work / DATASET_FILE)
+    for stage, seconds in prepared.seconds.items():
+        _add_time(work, stage, seconds)
+    report = prepared.report
+    write_report(report, work / REPORT_FILE, {"settings": asdict(job)})
+    log(
+        f"Music: {len(report.used)} files in {len(prepared.examples)} clips; "
+        f"{len(report.left_out)} files left out, see {work / REPORT_FILE}."
+    )
+
+
+def _finish(work: Path, job: TrainingJob, place: Place, log: Log) -> Path:
+    """From exported weights to the result, its samples and the report."""
+    with _timed(work, "result"):
+        launch("audiocraft.solvers.result", [str(work)], 1, log)
+    path = Path(place.weights) / WEIGHTS_FILE
+    sha256 = _hash(path)
+    write_json(work / _RESULT, {"path": str(path), "sha256": sha256})
+    try:
+        with _timed(work, "samples"):
+            launch("audiocraft.solvers.samples", [str(work)], 1, log)
+    except TrainingError as error:
+        log(f"The weights are whole, but the two samples could not be made: {error}")
+    prepared, state = load_prepared(work / DATASET_FILE), read_state(work)
+    assert state is not None, "the training has ended"
+    remove_intermediates(Path(place.data), prepared)
+    more = {
+        "settings": asdict(job),
+        "training": describe_training(job, state, json.loads(_said(path, "training"))["update"]),
+        "history": state.notes(),
+        "seconds": {**read_json(work / _TIMES)},
+        "result": {"path": str(path), "sha256": sha256},
+    }
+    write_report(prepared.report, work / REPORT_FILE, more)
+    _show_result(path, sha256, log)
+    return path
+
+
+def _said(path: Path, name: str) -> str:
+    return read_metadata(path)[name]
+
+
+def _finished(work: Path, weights: Path) -> Path | None:
+    """The result of a work folder, if it is still there and whole."""
+    result = read_json(work / _RESULT)
+    path = weights / WEIGHTS_FILE
+    is_same = path.is_file() and read_metadata(path).get("run") == work.name
+    return path if is_same and _hash(path) == result.get("sha256") else None
+
+
+def _show_result(path: Path, sha256: str, log: Log) -> None:
+    """What it is, and how to use it."""
+    prompts: list[str] = json.loads(_said(path, "prompts"))
+    log(f"Weights: {path} ({show_size(path.stat().st_size)}, SHA-256 {sha256})")
+    prompt = prompts[0] if prompts else "90 bpm piano in C minor"
+    inputs = (f"replicate_weights=@{path}", f"prompt={prompt}", "duration=8")
+    arguments = " ".join(f"-i {shlex.quote(value)}" for value in inputs)
+    log(f"To hear it: scripts/predict {arguments}")
+    if prompts:
+        log("Descriptions that it was trained on, to be used as prompts:")
+        for prompt in prompts:
+            log(f"  {prompt}")
+    else:
+        log("The music has no descriptions: prompts say nothing to what it has learnt.")
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _timed(work: Path, stage: str) -> Iterator[None]:
+    begin = time.perf_counter()
+    try:
+        yield
+    finally:
+        _add_time(work, stage, time.perf_counter() - begin)
+
+
+def _add_time(work: Path, stage: str, seconds: float) -> None:
+    """Take note of how long a stage took, over all starts of the job."""
+    times = read_json(work / _TIMES)
+    write_json(work / _TIMES, times | {stage: round(times.get(stage, 0.0) + seconds, 2)})
+
+
+# What would be done
+
+
+def describe_run(
+    job: TrainingJob,
+    dataset: Path,
+    *,
+    processes: int | None = None,
+    allow_cpu: bool = False,
+    log: Log,
+) -> None:
+    """Say what `run_job` would do and how long that takes; nothing is fetched or written.
+
+    Args:
+        job: what to train, and how.
+        dataset: an archive, a folder or a file of music.
+        processes: see `run_job`.
+        allow_cpu: see `run_job`.
+        log: takes the lines.
+
+    Raises:
+        AudiocraftError: `run_job` would refuse it at its start.
+    """
+    where = _check(job, processes, allow_cpu=allow_cpu, log=log)
+    chunks = _look_at(dataset, VERSIONS[job.version].context, log)
+    log(f"{where.processes} process{'es' * (where.processes > 1)} would train.")
+    if job.updates_per_epoch == 0 and chunks is None:
+        log("How long it takes depends on the music: updates_per_epoch=0 goes once through it.")
+        return
+    seconds = estimate_seconds(job, where.devices, where.processes, chunks)
+    log(f"The training itself would take about {show_time(seconds)}.")
+
+
+def _look_at(dataset: Path, context: float, log: Log) -> int | None:
+    """Say what can be known of a dataset from names and headers.
+
+    Returns:
+        About how many chunks it has; None where that cannot be told.
+    """
+    if dataset.is_dir():
+        files = [Path(folder, name) for folder, _, names in os.walk(dataset) for name in names]
+        paths = [path for path in files if _may_be_music(str(path.relative_to(dataset)))]
+    else:
+        paths = [dataset]
+    size = sum(path.stat().st_size for path in paths if path.is_file())
+    seconds = [_duration(path) for path in paths]
+    known = [value for value in seconds if value is not None]
+    text = f"Dataset: {len(paths)} file{'s' * (len(paths) != 1)}, {show_size(size)}"
+    if not known:
+        log(f"{text}.")
+        return None
+    more = "" if len(known) == len(seconds) else f" and {len(seconds) - len(known)} not looked into"
+    log(f"{text}, {show_time(sum(known))} of music{more}.")
+    return sum(-(-round(value) // round(context)) for value in known) if not more else None
+
+
+def _may_be_music(name: str) -> bool:
+    return unwanted(name) is None and split_name(name)[1] not in SIDE
+
+
+def _duration(path: Path) -> float | None:
+    """Seconds of music by the header; None where only decoding tells."""
+    import soundfile
+
+    try:
+        return float(soundfile.info(path).duration)
+    except soundfile.LibsndfileError:
+        return None

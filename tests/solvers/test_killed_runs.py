@@ -1,0 +1,173 @@
+"""A training that is killed goes on as if nothing had been, to the last bit of its result."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from audiocraft.assets.tensors import read_safetensors
+from audiocraft.solvers.checkpoints import find_checkpoint
+from audiocraft.solvers.state import read_state
+from tests.serving.client import assert_gone
+from tests.solvers.trainings import SHORT, command, make_music, train
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="its processes compute on the CPU"),
+]
+
+ROOT = Path(__file__).parents[2]
+JOB = replace(SHORT, epochs=6, updates_per_epoch=2)
+PROCESSES = 2
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with five songs, one of which is held out."""
+    folder = tmp_path_factory.mktemp("trainings")
+    make_music(folder / "music", 5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(place):
+    """Tensors and losses of a training that nobody disturbs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        weights, text = train(JOB, place / "music", place, PROCESSES)
+    return outcome(weights, text)
+
+
+def outcome(weights, text):
+    state = read_state(Path(re.search(r"Work folder: (.*)", text)[1]))
+    tensors = read_safetensors(weights)[0]
+    return {name: tensor.clone() for name, tensor in tensors.items()}, state
+
+
+def assert_same(ours, theirs):
+    assert ours[1].losses == theirs[1].losses
+    assert ours[1].validation == theirs[1].validation
+    assert ours[1].best == theirs[1].best
+    assert ours[0].keys() == theirs[0].keys()
+    assert [n for n, tensor in ours[0].items() if not torch.equal(tensor, theirs[0][n])] == []
+
+
+def another(place, folder):
+    """A folder of its own for the same training; what is computed once is there."""
+    (folder / "runs").mkdir()
+    (folder / "runs/data").symlink_to(place / "runs/data")
+    return folder
+
+
+def descendants(pid):
+    """Processes below one, with the rank of those that have one."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in map(int, (task / "children").read_text().split()):
+                found[child] = rank_of(child)
+                found |= descendants(child)
+    return found
+
+
+def rank_of(pid):
+    with contextlib.suppress(OSError):
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return next((int(v[5:]) for v in variables if v.startswith(b"RANK=")), None)
+    return None
+
+
+def kill(place, folder, victim, moment):
+    """Start the training and `kill -9` one of its processes at a moment.
+
+    Args:
+        place: of the music.
+        folder: of the training.
+        victim: `rank 0`, `rank 1`, `agent` or `caller`.
+        moment: a pattern of a line, or `saving`: while a checkpoint is being written.
+
+    Returns:
+        Whether a checkpoint was left unfinished.
+    """
+    caller = subprocess.Popen(
+        command(JOB, place / "music", folder, PROCESSES),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    text = ""
+    while not re.search(r"^update \d+/" if moment == "saving" else moment, text, re.MULTILINE):
+        line = caller.stdout.readline()
+        assert line, text
+        text += line
+    if moment == "saving":
+        while not any(folder.glob("runs/*/checkpoints/*.unfinished")):
+            assert caller.poll() is None
+    below = descendants(caller.pid)
+    ranks = {rank: pid for pid, rank in below.items() if rank is not None}
+    (agent,) = (pid for pid, rank in below.items() if rank is None)
+    pids = {"caller": caller.pid, "agent": agent}
+    target = pids.get(victim) or ranks[int(victim[-1]) if len(ranks) > 1 else 0]
+    begin = time.monotonic()
+    os.kill(target, signal.SIGKILL)
+    left = any(folder.glob("runs/*/checkpoints/*.unfinished"))
+    assert_gone([*below], 10.0)
+    rest = caller.communicate(timeout=10)[0]
+    assert time.monotonic() - begin < 10
+    assert caller.returncode != 0
+    if victim != "caller":
+        assert "was killed by SIGKILL" in rest
+    return left
+
+
+KILLS = (
+    ("rank 0", r"^update 1/"),
+    ("agent", "saving"),
+    ("rank 1", r"^update 3/"),
+    ("caller", "saving"),
+    ("rank 0", "saving"),
+    ("caller", r"^update 5/"),
+    ("agent", r"^update 7/"),
+    ("rank 1", "saving"),
+    ("caller", r"^Epoch 5 of 6 is done"),
+    ("rank 0", "are exported:"),
+)
+
+
+def test_ten_kills(place, uninterrupted, tmp_path):
+    """`kill -9` of each process in turn, inside saving too."""
+    folder = another(place, tmp_path)
+    unfinished = [kill(place, folder, victim, moment) for victim, moment in KILLS]
+    assert sum(unfinished) >= 2
+    (work,) = (path.parent for path in folder.glob("runs/*/job.json"))
+    assert find_checkpoint(work) is not None
+    weights, text = train(JOB, place / "music", folder, PROCESSES)
+    assert_same(outcome(weights, text), uninterrupted)
+    assert not [*work.rglob("*.unfinished")]
+
+
+def test_another_number_of_processes_goes_on(place, uninterrupted, tmp_path):
+    """To the same but for rounding."""
+    folder = another(place, tmp_path)
+    kill(place, folder, "caller", r"^Epoch 2 of 6 is done")
+    weights, text = train(JOB, place / "music", folder, 1)
+    assert "Going on after update 4 of 12." in text
+    tensors, state = outcome(weights, text)
+    assert [value.update for value in state.losses] == list(range(1, 13))
+    for ours, theirs in zip(state.losses, uninterrupted[1].losses, strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, abs=1e-4)
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, uninterrupted[0][name], rtol=0, atol=2e-3)
