@@ -28,7 +28,7 @@ ROOMS = {
         "models",
         "__init__",
     },
-    "solvers": {"errors", "progress", "models", "modules", "data", "solvers"},
+    "solvers": {"errors", "progress", "assets", "models", "modules", "data", "solvers"},
     "utils": {"errors", "models", "__init__"},
     "serving": {
         "errors",
@@ -37,6 +37,7 @@ ROOMS = {
         "models",
         "modules",
         "data",
+        "solvers",
         "utils",
         "serving",
         "__init__",

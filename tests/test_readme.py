@@ -1,5 +1,6 @@
 """The README as a new user reads it: its commands run, and it says what is so."""
 
+import json
 import os
 import re
 import shlex
@@ -14,6 +15,8 @@ import soundfile
 from audiocraft.models.versions import VERSIONS
 from audiocraft.serving.schema import build_schema, input_schema, write_schema
 from audiocraft.serving.server import CogServer
+from tests.http_server import FileServer
+from tests.project import copy_project
 from tests.releases import full_finetune, stand_in
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +39,9 @@ NOT_HERE = {
     "docker": "needs Docker",
     "curl -s https://api.replicate.com": "needs an account",
     "scripts/test": "runs this test",
+    "scripts/train -i dataset_path=@music.zip": "needs a GPU",
+    "scripts/predict -i replicate_weights=@our_sound": "needs what that one makes",
+    "scripts/download stereo-melody --train": "tests/serving/test_download.py",
     "pip install .": "tests/test_packaging.py",
 }
 
@@ -68,11 +74,13 @@ def test_every_prompt_is_quoted():
         shlex.split(command)  # no quotation mark is left open
 
 
-def test_the_inputs_are_those_of_the_schema():
-    table = README.partition("| input | default |")[2].partition("\n\n")[0]
+@pytest.mark.parametrize("training", [False, True])
+def test_the_inputs_are_those_of_the_schema(training):
+    heading = "| training input | default |" if training else "| input | default |"
+    table = README.partition(heading)[2].partition("\n\n")[0]
     rows = re.findall(r"^\| (`.*?`) \| (.*?) \|", table, re.MULTILINE)
     named = {name: row for cell, row in rows for name in re.findall("`([a-z_]+)`", cell)}
-    properties = input_schema(build_schema(ROOT))["properties"]
+    properties = input_schema(build_schema(ROOT), training=training)["properties"]
     assert list(named) == list(properties)
     for name, prop in properties.items():
         default = prop.get("default")
@@ -99,8 +107,9 @@ def test_what_it_names_is_there():
 
 @pytest.fixture
 def folder(tmp_path):
-    """Where a user stands: the scripts, a song, a fine-tune, and models fetched before."""
-    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    """Where a user stands: the scripts, songs, a fine-tune, and models fetched before."""
+    project = copy_project(tmp_path / "project")
+    (tmp_path / "scripts").symlink_to(project / "scripts")
     (tmp_path / "models").mkdir()
     store = tmp_path / "models"
     stand_in(store, "stereo-melody", 1)
@@ -115,6 +124,10 @@ def folder(tmp_path):
         (store / "google-t5/t5-base" / name).touch()
     wav, rate = soundfile.read(ROOT / "tests/audio/real_song.ogg")
     soundfile.write(tmp_path / "song.ogg", np.concatenate([wav] * 5), rate)
+    (tmp_path / "music").mkdir()
+    for number in range(2):
+        name = f"music/song {number}.wav"
+        soundfile.write(tmp_path / name, wav[number * rate : (number + 8) * rate], rate)
     return tmp_path
 
 
@@ -146,6 +159,8 @@ def test_a_command(command, folder):
     before = set(folder.rglob("*"))
     done = shell(command, folder)
     assert done.returncode == 0, done.stderr
+    made = set(folder.glob("project/weights/*.safetensors"))
+    assert len(made) == (command.startswith("scripts/train") and "--dry-run" not in command)
     if command.startswith("scripts/predict"):
         files = [path for path in set(folder.rglob("*")) - before if path.parent == folder]
         sounds = [path for path in files if path.suffix != ".json"]
@@ -163,17 +178,38 @@ def test_a_command(command, folder):
 def test_asking_the_server(folder):
     """What a container does, on the same server without Docker."""
     asked = [text for text in commands() if text.startswith("curl") and runs_here(text)]
-    assert len(asked) == 2
+    assert len(asked) == 3
     write_schema(ROOT)
     with CogServer(ROOT, log=lambda _: None, environment={"ALLOW_LOCAL_FILES": "0"}) as server:
-        for command in asked:
+        for command in asked[:2]:
             done = shell(command.replace("5000", str(server.port)), folder)
             assert done.returncode == 0, done.stderr
     assert soundfile.info(folder / "piano.wav").duration == 4
 
 
+@pytest.mark.slow
+def test_asking_the_server_for_a_training(folder):
+    (command,) = [text for text in commands() if text.startswith("curl") and ":5001/" in text]
+    archive = shutil.make_archive(str(folder / "served/music"), "zip", folder / "music")
+    project = folder / "project"
+    write_schema(project)
+    environment = {"ALLOW_LOCAL_FILES": "0", "WEIGHTS_BY_PATH": "1"}
+    with (
+        FileServer(Path(archive).parent) as files,
+        CogServer(project, training=True, log=print, environment=environment) as server,
+    ):
+        command = command.replace("5001", str(server.port))
+        short = '"epochs": 1, "updates_per_epoch": 2, "drop_vocals"'
+        command = command.replace('"drop_vocals"', short)
+        done = shell(command.replace("https://example.com", files.url()), folder)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["output"] == {
+        "weights": str(project / "weights/trained_model.safetensors")
+    }
+
+
 def test_every_command_is_run_somewhere():
-    elsewhere = ("scripts/", "curl -s http://localhost:5000")
+    elsewhere = ("scripts/", "curl -s http://localhost:500")
     for command in commands():
         assert command.startswith(elsewhere) or not runs_here(command), command
     assert shutil.which("curl"), "the examples of the README need curl"

@@ -25,7 +25,7 @@ _TYPE_WORDS: Final = {
 }
 
 
-def parse_inputs(pairs: Sequence[str], schema: Json) -> Json:
+def parse_inputs(pairs: Sequence[str], schema: Json, *, folders: bool = False) -> Json:
     """Reads `name=value` pairs, checks them against the schema and returns the request's input.
 
     A value `@path` stands for a file and becomes its absolute path; one pair of double quotes
@@ -34,6 +34,7 @@ def parse_inputs(pairs: Sequence[str], schema: Json) -> Json:
     Args:
         pairs: as given after each `-i`.
         schema: from `audiocraft.serving.schema.input_schema`.
+        folders: whether a folder does where a file is asked for; it needs no `@`.
 
     Raises:
         InputError: one sentence for each thing that is wrong.
@@ -51,7 +52,7 @@ def parse_inputs(pairs: Sequence[str], schema: Json) -> Json:
             problems.append(_twice(name))
         else:
             try:
-                value = _coerce(name, text, prop)
+                value = _coerce(name, text, prop, folders=folders)
             except InputError as error:
                 problems.append(str(error))
             else:
@@ -59,7 +60,7 @@ def parse_inputs(pairs: Sequence[str], schema: Json) -> Json:
     return _checked(inputs, schema, problems)
 
 
-def parse_json(source: str, schema: Json) -> Json:
+def parse_json(source: str, schema: Json, *, folders: bool = False) -> Json:
     """Reads inputs from a JSON object, checks them and returns the request's input.
 
     A text `@path` stands for a file and becomes its absolute path, in lists too.
@@ -68,6 +69,7 @@ def parse_json(source: str, schema: Json) -> Json:
         source: as given after `--json`: the object itself, `@` and the path of a file that holds
             it, or `-` or `@-` for standard input.
         schema: from `audiocraft.serving.schema.input_schema`.
+        folders: see `parse_inputs`.
 
     Raises:
         InputError: one sentence for each thing that is wrong.
@@ -79,7 +81,7 @@ def parse_json(source: str, schema: Json) -> Json:
         if name in inputs:
             problems.append(_twice(name))
         try:
-            inputs[name] = _resolve(name, value, prop)
+            inputs[name] = _resolve(name, value, prop, folders=folders)
         except InputError as error:
             problems.append(str(error))
     return _checked(inputs, schema, problems)
@@ -137,7 +139,7 @@ def _twice(name: str) -> str:
     return f"{name} is given more than once; give it once."
 
 
-def _coerce(name: str, text: str, prop: Json) -> Any:
+def _coerce(name: str, text: str, prop: Json, *, folders: bool) -> Any:
     """A value of the type that the schema asks for; text that is none stays text."""
     if len(text) > 1 and text.startswith('"') and text.endswith('"'):
         text = text[1:-1]
@@ -145,14 +147,16 @@ def _coerce(name: str, text: str, prop: Json) -> Any:
     if kind == "array":
         items = _json_list(text)
         if items is None:
-            return [_coerce(name, text, prop["items"])]
-        return _resolve(name, items, prop)
+            return [_coerce(name, text, prop["items"], folders=folders)]
+        return _resolve(name, items, prop, folders=folders)
     if kind == "boolean":
         return {"true": True, "false": False}.get(text, text)
-    return _number(text, kind) if kind in ("integer", "number") else _resolve(name, text, prop)
+    if kind in ("integer", "number"):
+        return _number(text, kind)
+    return _resolve(name, text, prop, folders=folders)
 
 
-def _resolve(name: str, value: Any, prop: Json) -> Any:
+def _resolve(name: str, value: Any, prop: Json, *, folders: bool) -> Any:
     """A JSON value with every `@path` in it replaced by an absolute path.
 
     Raises:
@@ -161,19 +165,34 @@ def _resolve(name: str, value: Any, prop: Json) -> Any:
     if isinstance(value, list):
         items = prop.get("items", {})
         return [
-            _resolve(f"{name} (item {number})", item, items)
+            _resolve(f"{name} (item {number})", item, items, folders=folders)
             for number, item in enumerate(value, start=1)
         ]
     if not isinstance(value, str):
         return value
+    if prop.get("format") != "uri":
+        return _file(name, value[1:]) if value.startswith("@") else value
     if value.startswith("@"):
-        return _file(name, value[1:])
-    if prop.get("format") == "uri" and not _URL.match(value):
-        raise InputError(
-            f"{name} must be a URL, or @ and the path of a file, as in "
-            f"{name.partition(' ')[0]}=@{value or 'file'}."
-        )
-    return value
+        return _file(name, value[1:], folders=folders)
+    if _URL.match(value):
+        return value
+    if folders and value and _is_folder(value):
+        return _file(name, value, folders=True)
+    raise InputError(
+        f"{name} must be a URL, or @ and the path of {_kinds(folders=folders)}, as in "
+        f"{name.partition(' ')[0]}=@{value or 'file'}."
+    )
+
+
+def _is_folder(text: str) -> bool:
+    try:
+        return Path(text).expanduser().is_dir()
+    except (OSError, RuntimeError):
+        return False
+
+
+def _kinds(*, folders: bool) -> str:
+    return "a file or a folder" if folders else "a file"
 
 
 def _json_list(text: str) -> list[Any] | None:
@@ -242,13 +261,16 @@ def _number(text: str, kind: str) -> int | float | str:
     return number if kind == "number" and math.isfinite(number) else text
 
 
-def _file(name: str, text: str) -> str:
-    """The absolute path of a file that can be read."""
+def _file(name: str, text: str, *, folders: bool = False) -> str:
+    """The absolute path of a file that can be read, or of a folder."""
+    kinds = _kinds(folders=folders)
     try:
         path = Path(text).expanduser().absolute()
-        if path.is_file():
+        if not text:
+            raise InputError(f"{name} must be {kinds}, but there is no path after the @.")
+        if path.is_file() or (folders and path.is_dir()):
             if not os.access(path, os.R_OK):
-                raise InputError(f"{name} must be a file, but {text!r} must not be read.")
+                raise InputError(f"{name} must be {kinds}, but {text!r} must not be read.")
             return str(path)
         if path.is_dir():
             problem = f"{text!r} is a folder"
@@ -260,7 +282,7 @@ def _file(name: str, text: str) -> str:
         problem = f"{text!r} cannot be looked up: {error.strerror}"
     except RuntimeError:  # no such user's home
         problem = f"{text!r} cannot be looked up"
-    raise InputError(f"{name} must be a file, but {problem}.")
+    raise InputError(f"{name} must be {kinds}, but {problem}.")
 
 
 def _check_value(name: str, value: Any, prop: Json) -> list[str]:

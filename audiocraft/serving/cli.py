@@ -1,14 +1,17 @@
-"""The command line: what `scripts/predict` runs, as `cog predict` without a container."""
+"""What `scripts/predict` and `scripts/train` run: `cog predict` and `cog train`, no container."""
 
 import argparse
+import contextlib
 import json
 import math
+import os
+import runpy
 import signal
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from audiocraft.errors import AudiocraftError, InputError
 from audiocraft.serving import outputs
@@ -34,56 +37,163 @@ def main(arguments: Sequence[str] | None = None, *, project: Path = PROJECT) -> 
 
     Args:
         arguments: command and its flags; those of the process by default.
-        project: folder of `predict.py`.
+        project: folder of `predict.py` and `train.py`.
 
     Returns:
         The exit status: 0, 1 after an error, 130 when interrupted.
     """
     given = sys.argv[1:] if arguments is None else arguments
+    commands = {"predict": _predict, "train": _train}
 
     def command() -> None:
-        if not given or given[0] != "predict":
-            raise InputError("The first argument must be the command: predict.")
-        _predict(given[1:], project)
+        if not given or given[0] not in commands:
+            raise InputError("The first argument must be the command: predict or train.")
+        commands[given[0]](given[1:], project)
 
     return run(command)
 
 
 def _predict(flags: Sequence[str], project: Path) -> None:
+    schema = _schema(project, training=False)
+    arguments = _prediction_parser(schema).parse_args(flags)
+    environment = parse_environment(arguments.env)
+    target = outputs.find_target(arguments.output, as_response=arguments.json is not None)
+    inputs = _inputs(arguments, schema, target, folders=False)
+    server = CogServer(
+        project, log=say, setup_timeout=arguments.setup_timeout, environment=environment
+    )
+    _deliver(_ask(server, inputs), target)
+
+
+def _train(flags: Sequence[str], project: Path) -> None:
+    schema = _schema(project, training=True)
+    arguments = _training_parser(schema).parse_args(flags)
+    environment = parse_environment(arguments.env)
+    target = outputs.find_target(
+        arguments.output,
+        as_response=arguments.json is not None,
+        stem="trained_model",
+        extensions=(outputs.WEIGHTS_EXTENSION,),
+    )
+    inputs = _inputs(arguments, schema, target, folders=True)
+    if arguments.dry_run:
+        _describe_training(project, inputs, schema, environment)
+        return
+    if arguments.fresh:
+        environment["TRAIN_FRESH"] = "1"
+    server = CogServer(
+        project,
+        training=True,
+        log=say,
+        setup_timeout=arguments.setup_timeout,
+        environment={**environment, "WEIGHTS_BY_PATH": "1"},
+    )
+    _deliver_weights(_ask(server, inputs), target)
+
+
+def _schema(project: Path, *, training: bool) -> Json:
+    """The inputs, of a schema that lies where Cog's server reads it."""
     try:
         document = write_schema(project)
     except OSError as error:
         raise InputError(f"The schema of {project} cannot be written: {error}.") from error
-    schema = input_schema(document)
-    arguments = _parser("scripts/predict", schema).parse_args(flags)
-    environment = parse_environment(arguments.env)
-    as_response = arguments.json is not None
-    target = outputs.find_target(arguments.output, as_response=as_response)
-    inputs = (
-        parse_json(arguments.json, schema) if as_response else parse_inputs(arguments.input, schema)
-    )
-    if as_response and not target.has_json_name:
+    return input_schema(document, training=training)
+
+
+def _inputs(
+    arguments: argparse.Namespace, schema: Json, target: outputs.Target, *, folders: bool
+) -> Json:
+    """The request's input, by whichever flag it comes."""
+    if not target.as_response:
+        return parse_inputs(arguments.input, schema, folders=folders)
+    inputs = parse_json(arguments.json, schema, folders=folders)
+    if not target.has_json_name:
         say(f"Warning: -o {str(target.path)!r} will hold JSON, but does not end in .json.")
-    with (
-        DeviceCheck() as device,
-        CogServer(
-            project,
-            log=say,
-            setup_timeout=arguments.setup_timeout,
-            environment=environment,
-        ) as server,
-    ):
+    return inputs
+
+
+def _ask(server: CogServer, inputs: Json) -> Json:
+    """A server's answer; the server runs for that long."""
+    with DeviceCheck() as device, server:
         warning = device.warning()
         if warning is not None:
             say(warning)
-        answer = server.predict(inputs)
-    _deliver(answer, target)
+        return server.ask(inputs)
 
 
-def _parser(program: str, schema: Json) -> Parser:
+def _describe_training(
+    project: Path, inputs: Json, schema: Json, environment: Mapping[str, str]
+) -> None:
+    """Says what the server would do with these inputs, after the same checks."""
+    if not Path(inputs["dataset_path"]).is_absolute():
+        raise InputError(
+            "--dry-run looks into the dataset, so it must be on this machine: give its path "
+            "instead of a URL."
+        )
+    from audiocraft.serving.training import TrainingRequest, describe, vocabularies_of
+
+    types = {"integer": int, "number": float}  # as `train.py` has them
+    given: dict[str, Any] = {
+        name: types.get(schema["properties"][name]["type"], type(value))(value)
+        for name, value in inputs.items()
+    }
+    request = TrainingRequest(**given | {"dataset_path": Path(inputs["dataset_path"])})
+    os.environ.update({"ALLOW_LOCAL_FILES": "1", **environment})
+    with contextlib.chdir(project):
+        describe(request, vocabularies_of(runpy.run_path("metadata.py")))
+
+
+def _prediction_parser(schema: Json) -> Parser:
+    return _parser(
+        "scripts/predict",
+        "Makes music on Cog's own server, without a container.",
+        schema,
+        file="a file",
+        output="where the result goes: a file, with or without its extension, or a folder "
+        "(default: output with the extension of the format, here)",
+        variable="COG_WEIGHTS=PATH",
+    )
+
+
+def _training_parser(schema: Json) -> Parser:
+    parser = _parser(
+        "scripts/train",
+        "Fine-tunes a model on Cog's own server, without a container.",
+        schema,
+        file="a file or a folder",
+        output="where the weights go: a file, with or without its extension, or a folder (default: "
+        "they stay in weights/ of this project, and their path is printed)",
+        variable="TRAIN_PROCESSES=2",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, say what would be done and how long it takes, and stop",
+    )
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="begin again, where the same inputs would go on with a training that was stopped",
+    )
+    return parser
+
+
+def _parser(
+    program: str, description: str, schema: Json, *, file: str, output: str, variable: str
+) -> Parser:
+    """The flags that both commands have.
+
+    Args:
+        program: its name.
+        description: what it does.
+        schema: the inputs.
+        file: what may be given by its path.
+        output: help on `-o`.
+        variable: an example for `-e`.
+    """
     parser = Parser(
         prog=program,
-        description="Makes music on Cog's own server, without a container.",
+        description=description,
         epilog=_describe(schema),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -95,37 +205,30 @@ def _parser(program: str, schema: Json) -> Parser:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="an input, as listed below; NAME=@PATH for a file; may be given many times",
+        help=f"an input, as listed below; NAME=@PATH for {file}; may be given many times",
     )
     inputs.add_argument(
         "--json",
         metavar="JSON",
         help="all inputs as one JSON object: the object itself, @PATH of a file that holds it, or "
-        '- for standard input; "@PATH" in it is a file; the whole response then comes as JSON, to '
+        f'- for standard input; "@PATH" in it is {file}; the whole response then comes as JSON, to '
         "standard output or -o, with the path of the file that was made, which lies beside it",
     )
-    parser.add_argument(
-        "-o",
-        "--output",
-        metavar="PATH",
-        help="where the result goes: a file, with or without its extension, or a folder "
-        "(default: output with the extension of the format, here)",
-    )
+    parser.add_argument("-o", "--output", metavar="PATH", help=output)
     parser.add_argument(
         "-e",
         "--env",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="an environment variable of the server, such as COG_WEIGHTS=PATH; may be given many "
-        "times",
+        help=f"an environment variable of the server, such as {variable}; may be given many times",
     )
     parser.add_argument(
         "--setup-timeout",
         type=_seconds,
         default=300.0,
         metavar="SECONDS",
-        help="how long the model may take to get ready (default: 300)",
+        help="how long the server may take to get ready (default: 300)",
     )
     return parser
 
@@ -160,14 +263,17 @@ def _describe(schema: Json) -> str:
     return "\n".join(lines)
 
 
-def _failure(answer: Json) -> str:
-    """Why a prediction failed: the model's own sentence where it is one."""
-    if answer["status"] != "failed":
-        return f"The prediction ended with status {answer['status']!r}."
-    text = str(answer.get("error") or "The prediction failed without a reason.")
+def _check_success(answer: Json) -> None:
+    """Raises AudiocraftError with the reason of a failure, the model's own where it has one."""
+    status = answer["status"]
+    if status == "succeeded":
+        return
+    if status != "failed":
+        raise AudiocraftError(f"The server's work ended with status {status!r}.")
+    text = str(answer.get("error") or "The server's work failed without a reason.")
     if text == "Worker crashed":
-        return "The model's process was killed while it worked, most likely for lack of memory."
-    return plain_message(text)
+        text = "The model's process was killed while it worked, most likely for lack of memory."
+    raise AudiocraftError(plain_message(text))
 
 
 def _deliver(answer: Json, target: outputs.Target) -> None:
@@ -191,8 +297,30 @@ def _deliver(answer: Json, target: outputs.Target) -> None:
         _put(json.dumps(answer, indent=2), target)
     elif output is not None and not files:
         _put(output if isinstance(output, str) else json.dumps(output, indent=2), target)
-    if not succeeded:
-        raise AudiocraftError(_failure(answer))
+    _check_success(answer)
+
+
+def _deliver_weights(answer: Json, target: outputs.Target) -> None:
+    """The file of weights goes to where `-o` says, else its path to standard output.
+
+    Raises:
+        AudiocraftError: the training failed, or its result cannot be put there.
+    """
+    if answer["status"] == "succeeded":
+        weights = Path(answer["output"]["weights"])
+        if target.named:
+            file = target.file(outputs.WEIGHTS_EXTENSION).absolute()
+            try:
+                outputs.put_file(file, weights)
+            except InputError as error:
+                raise InputError(f"{error} The weights are in {weights}.") from error
+            say(f"Written output to: {file}")
+            answer = answer | {"output": {"weights": str(file)}}
+        elif not target.as_response:
+            _put(str(weights), target)
+    if target.as_response:
+        _put(json.dumps(answer, indent=2), target)
+    _check_success(answer)
 
 
 def _put(text: str, target: outputs.Target) -> None:

@@ -1,4 +1,4 @@
-"""Where the result of a prediction goes: file names and the files themselves."""
+"""Where a result goes: file names and the files themselves."""
 
 import base64
 import binascii
@@ -6,7 +6,8 @@ import mimetypes
 import os
 import re
 import secrets
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -23,6 +24,9 @@ _EXTENSIONS: Final = {
     "audio/ogg": ".ogg",
     "application/ogg": ".ogg",
 }
+WEIGHTS_EXTENSION: Final = ".safetensors"
+AUDIO_EXTENSIONS: Final = frozenset(_EXTENSIONS.values())
+_COPIED_AT_ONCE: Final = 1 << 24  # bytes
 _DATA_URL: Final = re.compile(r"data:([^;,]*)(?:;[^;,]*)*;base64,")
 
 
@@ -60,7 +64,13 @@ class Target:
         return self.path.with_name(f"{stem}{order}{extension or '.bin'}")
 
 
-def find_target(text: str | None, *, as_response: bool = False, stem: str = "output") -> Target:
+def find_target(
+    text: str | None,
+    *,
+    as_response: bool = False,
+    stem: str = "output",
+    extensions: Collection[str] = AUDIO_EXTENSIONS,
+) -> Target:
     """The place that a result will be written to.
 
     Args:
@@ -68,6 +78,7 @@ def find_target(text: str | None, *, as_response: bool = False, stem: str = "out
             dropped. None for `stem` in the working folder.
         as_response: see `Target`.
         stem: name of the file where only a folder is known.
+        extensions: that the result may have.
 
     Raises:
         InputError: nothing can be written there, said before anything is computed.
@@ -84,7 +95,7 @@ def find_target(text: str | None, *, as_response: bool = False, stem: str = "out
         folder = path.parent
         if not folder.is_dir():
             raise InputError(f"-o: there is no folder {str(folder)!r} to write {path.name!r} into.")
-        files = {target.file(extension) for extension in _EXTENSIONS.values()}
+        files = {target.file(extension) for extension in extensions}
         for file in sorted({path, *files} if target.named else files):
             if file.is_dir():
                 raise InputError(f"-o: {str(file)!r} is a folder; choose another path.")
@@ -134,16 +145,41 @@ def write_file(path: Path, content: bytes) -> None:
     Raises:
         InputError: it cannot be written; what was there before is as it was.
     """
+    _put(path, lambda file: file.write_bytes(content))
+
+
+def put_file(path: Path, source: Path) -> None:
+    """Puts a file that lies elsewhere under a name too, by a link where that is possible.
+
+    Args:
+        path: as for `write_file`.
+        source: stays where it is. Nobody may write into it from then on.
+
+    Raises:
+        InputError: it cannot be written; what was there before is as it was.
+    """
+
+    def make(file: Path) -> None:
+        try:
+            file.hardlink_to(source)
+        except OSError:  # another file system, or one without links; or there is a pipe
+            with source.open("rb") as content, file.open("wb") as copy:
+                shutil.copyfileobj(content, copy, _COPIED_AT_ONCE)
+
+    _put(path, make)
+
+
+def _put(path: Path, make: Callable[[Path], object]) -> None:
+    """Has a file made under another name first, and renames it."""
     try:
         # A pipe or a device, and a file in a folder that takes no other, can only be written into.
         if path.exists() and not (path.is_file() and os.access(path.parent, os.W_OK)):
-            path.write_bytes(content)
+            make(path)
             return
         final = path.resolve()
         partial = final.with_name(f".musicgen-{secrets.token_hex(8)}")
         try:
-            with partial.open("xb") as file:
-                file.write(content)
+            make(partial)
             partial.replace(final)
         finally:
             partial.unlink(missing_ok=True)

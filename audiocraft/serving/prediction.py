@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import re
 import secrets
 import tempfile
@@ -24,6 +23,7 @@ from audiocraft.models.musicgen import MusicGen
 from audiocraft.models.versions import VERSIONS
 from audiocraft.progress import ProgressLog
 from audiocraft.serving.models import ModelCache, Selection
+from audiocraft.serving.worker import checked_path, log_to_stderr
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,8 @@ class PredictionService:
     """
 
     def __init__(self, weights: str | None = None, models: ModelCache | None = None) -> None:
-        _log_to_stderr()
+        log_to_stderr()
+        _hide_progress_bars()
         # The same request gives the same file: no algorithm that is chosen by a race.
         torch.backends.cudnn.deterministic = True
         self._models = models or ModelCache()
@@ -262,7 +263,7 @@ class PredictionService:
             name: of the input that gave it.
         """
         if not _URL.match(source) and name != "COG_WEIGHTS":
-            path = _checked_path(Path(source), name)
+            path = checked_path(Path(source), name)
             if not path.is_file():
                 raise InputError(
                     f"{name}: there is no file {source}: give a URL or the path of a file, on the "
@@ -333,7 +334,7 @@ def _check_prompt(clip: tuple[Tensor, int], selection: Selection) -> None:
 def _read_clip(request: PredictionRequest) -> tuple[Tensor, int]:
     """The part of `input_audio` that is used, [C, T], and its sample rate."""
     assert request.input_audio is not None
-    path = _checked_path(request.input_audio, "input_audio")
+    path = checked_path(request.input_audio, "input_audio")
     start, end = request.continuation_start, request.clip_end
     # No more than is used is decoded, of which three hours take half a minute.
     most = request.duration + (0 if request.continuation else _MELODY_MARGIN_S)
@@ -378,36 +379,8 @@ def _past_the_end(name: str, second: int, length: float) -> InputError:
     )
 
 
-def _checked_path(path: Path, name: str) -> Path:
-    """Refuse files of the server that a client has no business with.
-
-    Cog downloads URLs to the temporary folder, but hands plain path strings through.
-
-    Args:
-        path: from the request.
-        name: of its input.
-    """
-    try:
-        resolved = path.resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a null character
-        raise InputError(f"{name} is no path that can be followed ({error}).") from error
-    own = (Path.cwd(), Path(tempfile.gettempdir()))
-    if os.environ.get("ALLOW_LOCAL_FILES") == "1" or any(
-        resolved.is_relative_to(folder.resolve()) for folder in own
-    ):
-        return resolved
-    raise InputError(
-        f"{name} is a path on the server, which is not allowed: give a URL, or start the server "
-        "with ALLOW_LOCAL_FILES=1."
-    )
-
-
-def _log_to_stderr() -> None:
-    """Show this package's messages, and not the progress bars of others."""
+def _hide_progress_bars() -> None:
+    """Those of others; this package logs its own progress."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    package = logging.getLogger("audiocraft")
-    if not package.handlers:
-        package.addHandler(logging.StreamHandler())
-        package.setLevel(logging.INFO)

@@ -78,12 +78,13 @@ def plain_message(text: str) -> str:
 
 
 class CogServer:
-    """A server of one project's `Predictor`, from `with` to the end of its block.
+    """A server of one project's `Predictor`, or its `train`, from `with` to the end of its block.
 
     The schema must have been written (`audiocraft.serving.schema.write_schema`) before.
 
     Args:
-        project: folder of `predict.py`; the server's working folder.
+        project: folder of `predict.py` and `train.py`; the server's working folder.
+        training: whether it trains. One server does not do both.
         log: takes each line that the model prints, as it comes; called from another thread.
         setup_timeout: seconds that the model's `setup` may take.
         environment: variables of the server; they win over this process's and over those that
@@ -97,11 +98,13 @@ class CogServer:
         self,
         project: Path,
         *,
+        training: bool = False,
         log: Callable[[str], None],
         setup_timeout: float = 300.0,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self._project = project
+        self._training = training
         self._log = log
         self._setup_timeout = setup_timeout
         self._given = dict(environment or {})
@@ -132,8 +135,8 @@ class CogServer:
     ) -> None:
         self.stop()
 
-    def predict(self, inputs: Json) -> Json:
-        """Makes one prediction and waits for it, however long it takes.
+    def ask(self, inputs: Json) -> Json:
+        """Makes one prediction, or training, and waits for it, however long it takes.
 
         Args:
             inputs: values by name, as the schema has them; files as absolute paths.
@@ -145,10 +148,12 @@ class CogServer:
             ServerError: the server refused the request, or is gone.
         """
         body = json.dumps({"input": inputs, "context": {}})
+        # Cog would answer the other route too, and call the wrong function.
+        route = "/trainings" if self._training else "/predictions"
         deadline = time.monotonic() + _STOP_SECONDS
         while True:
             try:
-                status, answer = self._request("POST", "/predictions", body)
+                status, answer = self._request("POST", route, body)
             except (OSError, http.client.HTTPException) as error:
                 raise self._ended("it had answered") from error
             # Nobody else asks this server: it frees its slot a moment after its last answer.
@@ -189,12 +194,14 @@ class CogServer:
                 self._scratch.cleanup()
 
     def _start(self) -> subprocess.Popen[str]:
+        mode = "train" if self._training else "predict"
+        command = [sys.executable, "-m", "cog.server.http", "--host", _HOST, "--x-mode", mode]
         try:
             self._scratch = tempfile.TemporaryDirectory(
                 prefix="musicgen-server-", ignore_cleanup_errors=True
             )
             self._process = subprocess.Popen(  # noqa: S603 - our own interpreter
-                [sys.executable, "-m", "cog.server.http", "--host", _HOST],
+                command,
                 cwd=self._project,
                 env=self._environment(self._scratch.name),
                 stdin=subprocess.DEVNULL,
@@ -228,6 +235,7 @@ class CogServer:
             "PYTHONPATH": os.pathsep.join(filter(None, modules)),
             "TMPDIR": scratch,  # the server keeps its last result until it is asked again
             "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
+            "COG_TRAIN_TYPE_STUB": "train.py:train",
             "ALLOW_LOCAL_FILES": "1",
             "LOG_FORMAT": "json",
             "RUST_LOG": ",".join(filter(None, filters)),

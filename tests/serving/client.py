@@ -22,7 +22,7 @@ _REQUEST_SECONDS = 120.0
 
 
 class Handle:
-    """A prediction that was started and may still be running.
+    """A prediction, or training, that was started and may still be running.
 
     Attributes:
         id: the name by which it can be cancelled.
@@ -61,11 +61,13 @@ class Served:
     Attributes:
         server: the server itself.
         lines: what its model has printed so far; `lines.clear()` forgets it.
+        route: what it is asked for.
     """
 
-    def __init__(self, server: CogServer, lines: list[str]) -> None:
+    def __init__(self, server: CogServer, lines: list[str], route: str = "/predictions") -> None:
         self.server = server
         self.lines = lines
+        self.route = route
         self._running = 0
         self._lock = threading.Lock()
 
@@ -86,15 +88,19 @@ class Served:
 
     def predict(self, inputs: Mapping[str, Any]) -> Answer:
         """Makes a prediction: status and JSON, whatever they are."""
-        return self._make("POST", "/predictions", inputs)
+        return self._make("POST", self.route, inputs)
+
+    train = predict
 
     def start_prediction(self, identifier: str, inputs: Mapping[str, Any]) -> Handle:
         """Starts a prediction under an id by which it can be cancelled."""
-        return Handle(identifier, lambda: self._make("PUT", f"/predictions/{identifier}", inputs))
+        return Handle(identifier, lambda: self._make("PUT", f"{self.route}/{identifier}", inputs))
+
+    start_training = start_prediction
 
     def cancel(self, identifier: str) -> Answer:
-        """Cancels a prediction."""
-        return self.request("POST", f"/predictions/{identifier}/cancel")
+        """Cancels a prediction or training."""
+        return self.request("POST", f"{self.route}/{identifier}/cancel")
 
     def drop(self, inputs: Mapping[str, Any], *, after: str, seconds: float = 20.0) -> None:
         """Asks for a prediction and goes away when a line is seen that the pattern is found in."""
@@ -103,7 +109,7 @@ class Served:
             connection = self._connect()
             try:
                 body = json.dumps({"input": inputs})
-                connection.request("POST", "/predictions", body, _JSON)
+                connection.request("POST", self.route, body, _JSON)
                 while not self._find(after):
                     if select.select([connection.sock], [], [], 0.02)[0]:
                         assert connection.getresponse().status == http.HTTPStatus.CONFLICT
@@ -168,15 +174,23 @@ class Served:
 
 @contextlib.contextmanager
 def start(
-    project: Path, environment: Mapping[str, str] | None = None, *, setup_timeout: float = 60.0
+    project: Path,
+    environment: Mapping[str, str] | None = None,
+    *,
+    training: bool = False,
+    setup_timeout: float = 60.0,
 ) -> Iterator[Served]:
     """Serves a project with these variables until the block ends."""
     write_schema(project)
     lines: list[str] = []
     with CogServer(
-        project, log=lines.append, setup_timeout=setup_timeout, environment=environment
+        project,
+        training=training,
+        log=lines.append,
+        setup_timeout=setup_timeout,
+        environment=environment,
     ) as server:
-        yield Served(server, lines)
+        yield Served(server, lines, "/trainings" if training else "/predictions")
 
 
 def family_of(pid: int) -> tuple[int, int] | None:

@@ -5,18 +5,15 @@ time doing it, so that a cancelation finds it there.
 """
 
 import base64
-import json
 import re
 import time
 from pathlib import Path
 
 import pytest
-import yaml
-from safetensors.torch import save_file
 
 from tests.http_server import File, FileServer
-from tests.modules.test_stems import KWARGS
 from tests.releases import full_finetune, stand_in
+from tests.separators import put_htdemucs
 from tests.serving.client import start, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -53,23 +50,10 @@ _slow(SEANetEncoder, "forward", lambda *_: "encode", 0.2)
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     """`melody` hears stems, separated by a small real demucs; `stereo-melody` hears the mix."""
-    import torch
-    from demucs.htdemucs import HTDemucs
-
     folder = tmp_path_factory.mktemp("models")
     stand_in(folder, "stereo-melody", 1)
     stand_in(folder, "melody", 2, stems="vocals+other")
-    torch.manual_seed(0)
-    separator = folder / "adefossez/HTDemucs"
-    separator.mkdir(parents=True)
-    segment = {"_type": "fraction", "numerator": 4, "denominator": 1}
-    metadata = {
-        "klass": "demucs.htdemucs.HTDemucs",
-        "args": "[]",
-        "kwargs": json.dumps({**KWARGS, "segment": segment}),
-    }
-    save_file(HTDemucs(**KWARGS, segment=4).state_dict(), separator / "1.safetensors", metadata)
-    (separator / "htdemucs.yaml").write_text(yaml.safe_dump({"models": ["1"]}))
+    put_htdemucs(folder)
     return folder
 
 

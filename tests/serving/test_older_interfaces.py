@@ -20,6 +20,7 @@ from audiocraft.errors import InputError
 from audiocraft.serving.arguments import check_inputs
 from audiocraft.serving.prediction import PredictionRequest, PredictionService
 from audiocraft.serving.schema import build_schema, input_schema
+from audiocraft.serving.training import TrainingRequest
 
 ROOT = Path(__file__).parents[2]
 SNAPSHOTS: dict[str, dict[str, Any]] = {
@@ -49,6 +50,7 @@ class Difference:
 
 
 META, SAKEMIN = "meta_musicgen_predict", "sakemin_fine_tuner_predict"
+TRAINING = "sakemin_fine_tuner_train"
 DIFFERENCES = (
     # 2.5 can be asked for; an integer is a number.
     Difference("classifier_free_guidance", "type", "integer", "number", (META, SAKEMIN)),
@@ -58,6 +60,11 @@ DIFFERENCES = (
     Difference("continuation_end", "minimum", 0, None, (META, SAKEMIN)),
     # Every result has a name of its own, so that uploads do not overwrite each other.
     Difference("output", "file_name", "out", None, (META, SAKEMIN)),
+    # The published README's defaults, not those of the form.
+    Difference("epochs", "default", 3, 10, (TRAINING,)),
+    Difference("batch_size", "default", 16, 3, (TRAINING,)),
+    # A format that runs no code when it is read.
+    Difference("output", "file_name", "trained_model.tar", None, (TRAINING,)),
 )
 
 
@@ -94,9 +101,17 @@ def incompatible(old: dict[str, Any], new: dict[str, Any]) -> set[tuple[str, str
                 found.add((name, bound))
         if was.get("nullable") and not now["nullable"]:
             found.add((name, "nullable"))
-    if any(old["output"][aspect] != new["output"].get(aspect) for aspect in ("type", "format")):
+    if output_types(old["output"]) != output_types(new["output"]):
         found.add(("output", "type"))
     return found
+
+
+def output_types(output: dict[str, Any]) -> dict[str, Any]:
+    """Type and format of an output, and of each of its fields, where it has some."""
+    fields = output.get("properties", {})
+    return {name: (one.get("type"), one.get("format")) for name, one in fields.items()} | {
+        "": (output["type"], output.get("format"))
+    }
 
 
 def intended(snapshot: str) -> set[tuple[str, str]]:
@@ -156,7 +171,8 @@ def test_the_readme_lists_the_differences() -> None:
     for difference in DIFFERENCES:
         name = difference.name
         if difference.aspect == "file_name":
-            name = f"{difference.old}.wav"
+            name = str(difference.old)
+            name += "" if "." in name else ".wav"
         assert f"`{name}`" in section[2], name
 
 
@@ -193,6 +209,13 @@ def test_harm_is_noticed(harm: Callable[[dict[str, Any]], None], found: tuple[st
     assert incompatible(old, new) - before == {found}
 
 
+@pytest.mark.parametrize("field", ["type", "format"])
+def test_harm_to_a_result_with_fields_is_noticed(field: str) -> None:
+    old, new = SNAPSHOTS[TRAINING], copy.deepcopy(interface(training=True))
+    new["output"]["properties"]["weights"].pop(field)
+    assert incompatible(old, new) - intended(TRAINING) == {("output", "type")}
+
+
 # cog-safe-push.yaml
 
 # Every key that cog-safe-push knows is checked by it, and an unknown one ends it.
@@ -203,6 +226,7 @@ SAFE_PUSH_KEYS = {
     "parallel",
     "ignore_schema_compatibility",
     "predict",
+    "train",
 }
 
 
@@ -216,27 +240,36 @@ def test_the_configuration_of_cog_safe_push_has_its_keys() -> None:
     assert config.keys() == SAFE_PUSH_KEYS
     assert "<owner>" in config["model"]
     assert "<owner>" in config["test_model"]
-    predict = config["predict"]
-    assert predict.keys() == {"compare_outputs", "predict_timeout", "test_cases", "fuzz"}
-    assert predict["fuzz"].keys() == {"fixed_inputs", "disabled_inputs", "iterations", "prompt"}
-    for case in predict["test_cases"]:
-        assert "inputs" in case
-        assert len(case.keys() - {"inputs"}) == 1
-        assert case.keys() <= {"inputs", "match_prompt", "error_contains"}
+    assert "<owner>" in config["train"]["destination"]
+    shared = {"test_cases", "fuzz"}
+    assert config["predict"].keys() == {"compare_outputs", "predict_timeout", *shared}
+    own = {"destination", "destination_hardware", "train_timeout"}
+    assert config["train"].keys() == own | shared
+    for mode in (config["predict"], config["train"]):
+        assert mode["fuzz"].keys() == {"fixed_inputs", "disabled_inputs", "iterations", "prompt"}
+        for case in mode["test_cases"]:
+            assert "inputs" in case
+            assert len(case.keys() - {"inputs"}) == 1
+            assert case.keys() <= {"inputs", "match_prompt", "error_contains"}
 
 
-def test_what_cog_safe_push_asks_for_is_valid() -> None:
-    schema = input_schema(build_schema(ROOT))
-    predict = safe_push()["predict"]
-    for case in predict["test_cases"]:
+@pytest.mark.parametrize(
+    ("mode", "request_of"), [("predict", PredictionRequest), ("train", TrainingRequest)]
+)
+def test_what_cog_safe_push_asks_for_is_valid(
+    mode: str, request_of: Callable[..., PredictionRequest | TrainingRequest]
+) -> None:
+    schema = input_schema(build_schema(ROOT), training=mode == "train")
+    asked = safe_push()[mode]
+    for case in asked["test_cases"]:
         assert check_inputs(case["inputs"], schema) == []
-        request = PredictionRequest(**case["inputs"])
+        request = request_of(**case["inputs"])
         if "error_contains" in case:
             with pytest.raises(InputError, match=re.escape(case["error_contains"])):
                 request.check()
         else:
             request.check()
-    fuzz = predict["fuzz"]
+    fuzz = asked["fuzz"]
     assert check_inputs(fuzz["fixed_inputs"], schema) == []
     assert set(fuzz["disabled_inputs"]) <= schema["properties"].keys()
     assert not set(fuzz["disabled_inputs"]) & fuzz["fixed_inputs"].keys()

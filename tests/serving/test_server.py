@@ -185,7 +185,7 @@ def test_the_server_validates(served: Served, inputs: dict[str, Any], message: s
     assert problem["msg"] == message
     (name,) = inputs
     with pytest.raises(ServerError, match=f"^{name}.*: {re.escape(message)}"):
-        served.server.predict(inputs)
+        served.server.ask(inputs)
 
 
 def test_unknown_inputs_are_dropped(served: Served) -> None:
@@ -200,7 +200,7 @@ def test_metrics_and_logs(served: Served) -> None:
         "sys.stderr.write('first half, '); time.sleep(0.3); print('last half', file=sys.stderr)\n"
         "subprocess.run(['echo', 'by a child'])"
     )
-    answer = served.server.predict({"action": action})
+    answer = served.server.ask({"action": action})
     assert answer["metrics"]["answer"] == 42
     printed = {
         "to stdout",
