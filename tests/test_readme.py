@@ -18,6 +18,7 @@ from audiocraft.serving.server import CogServer
 from tests.http_server import FileServer
 from tests.project import copy_project
 from tests.releases import full_finetune, stand_in
+from tools.memory_table import memory_table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -96,6 +97,10 @@ def test_the_versions_are_those_of_the_package():
             makes, melody = (cell.strip() for cell in line.split("|")[2:4])
             assert VERSIONS[name].stereo == (makes == "stereo")
             assert VERSIONS[name].melody == (melody == "yes")
+
+
+def test_its_memory_table_is_the_planners():
+    assert memory_table() in README
 
 
 def test_what_it_names_is_there():
