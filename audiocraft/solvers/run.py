@@ -266,7 +266,7 @@ def describe_run(
     if job.updates_per_epoch == 0 and chunks is None:
         log("How long it takes depends on the music: updates_per_epoch=0 goes once through it.")
         return
-    seconds = estimate_seconds(job, where.devices, where.processes, chunks)
+    seconds = estimate_seconds(job, where.devices, where.processes, chunks, where.plan)
     log(f"The training itself would take about {show_time(seconds)}.")
 
 
