@@ -104,7 +104,9 @@ def _join(place: Place) -> torch.device:
     if on_gpu:
         torch.cuda.set_device(device)
     if place.processes > 1:
-        distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=_PATIENCE)
+        distributed.init_process_group(
+            "nccl" if on_gpu else "gloo", timeout=_PATIENCE, device_id=device if on_gpu else None
+        )
     return device
 
 
@@ -220,8 +222,8 @@ class _Run:
         size = self._trainer.settings.batch_size
         passes = state.updates * size / state.clips
         logger.info(
-            "%d updates x batch %d = %.3g passes over the %d clips of %d songs.",
-            *(state.updates, size, passes, state.clips, state.songs),
+            "%d updates x batch %d = %s passes over the %d clips of %d songs.",
+            *(state.updates, size, f"{round(passes, 1):.9g}", state.clips, state.songs),
         )
         if passes > _MANY_PASSES:
             logger.warning(

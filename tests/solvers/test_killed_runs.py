@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -13,8 +14,13 @@ import pytest
 import torch
 
 from audiocraft.assets.tensors import read_safetensors
+from audiocraft.errors import TrainingError
 from audiocraft.solvers.checkpoints import find_checkpoint
-from audiocraft.solvers.state import read_state
+from audiocraft.solvers.job import read_job, write_job
+from audiocraft.solvers.launch import launch
+from audiocraft.solvers.plan import Plan
+from audiocraft.solvers.prepare import DATASET_FILE
+from audiocraft.solvers.state import read_state, weights_file
 from tests.serving.client import assert_gone
 from tests.solvers.trainings import SHORT, command, make_music, train
 
@@ -43,15 +49,19 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uninterrupted(place):
-    """Tensors and losses of a training that nobody disturbs."""
+    """Tensors and losses of a training that nobody disturbs, and its folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         weights, text = train(JOB, place / "music", place, PROCESSES)
-    return outcome(weights, text)
+    return *outcome(weights, text), work_of(text)
+
+
+def work_of(text):
+    return Path(re.search(r"Work folder: (.*)", text)[1])
 
 
 def outcome(weights, text):
-    state = read_state(Path(re.search(r"Work folder: (.*)", text)[1]))
+    state = read_state(work_of(text))
     tensors = read_safetensors(weights)[0]
     return {name: tensor.clone() for name, tensor in tensors.items()}, state
 
@@ -171,3 +181,47 @@ def test_another_number_of_processes_goes_on(place, uninterrupted, tmp_path):
         assert ours.loss == pytest.approx(theirs.loss, abs=1e-4)
     for name, tensor in tensors.items():
         torch.testing.assert_close(tensor, uninterrupted[0][name], rtol=0, atol=2e-3)
+
+
+class Stop(BaseException):
+    """As Cog's cancelation is one."""
+
+
+def test_a_sharded_training(uninterrupted, tmp_path):
+    """Each process keeps its part, and all together go on from them."""
+
+    def go_on(work, stop=None, processes=PROCESSES):
+        lines = []
+
+        def log(line):
+            lines.append(line)
+            if stop is not None and line.startswith(stop):
+                raise Stop
+
+        launch("audiocraft.solvers.rounds", [str(work)], processes, log)
+        return lines
+
+    works = [tmp_path / name for name in ("whole", "halved")]
+    for work in works:
+        work.mkdir()
+        shutil.copy(uninterrupted[2] / DATASET_FILE, work)
+        job, place = read_job(uninterrupted[2])
+        write_job(work, job, replace(place, plan=Plan(sharded=True)))
+    whole, halved = works
+    go_on(whole)
+    with pytest.raises(Stop):
+        go_on(halved, "Epoch 3 of 6 is done")
+    parts = sorted(path.name for path in find_checkpoint(halved).iterdir())
+    assert parts == ["notes.json", "state-0.pt", "state-1.pt"]
+    write_job(halved, job, replace(place, processes=1))
+    with pytest.raises(TrainingError, match=r"was sharded over 2 processes and would now be in 1"):
+        go_on(halved, processes=1)
+    write_job(halved, job, replace(place, plan=Plan(sharded=True)))
+    assert "Going on after update 6 of 12." in go_on(halved)
+    outcomes = []
+    for work in works:
+        state = read_state(work)
+        outcomes.append((read_safetensors(weights_file(work, state.best))[0], state))
+    assert_same(*outcomes)
+    for ours, theirs in zip(outcomes[0][1].losses, uninterrupted[1].losses, strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, abs=1e-4)

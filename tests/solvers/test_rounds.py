@@ -1,0 +1,229 @@
+"""A run in its work folder: what it says, what it keeps, and how it goes on from there."""
+
+import logging
+import re
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from audiocraft.assets.tensors import read_safetensors
+from audiocraft.errors import TrainingError
+from audiocraft.models.finetunes import read_finetune
+from audiocraft.modules.lora import attach, lora_config
+from audiocraft.solvers import rounds
+from audiocraft.solvers.checkpoints import find_checkpoint, load_state
+from audiocraft.solvers.job import TrainingJob
+from audiocraft.solvers.musicgen import Trainer
+from audiocraft.solvers.rounds import _Base, _Run
+from audiocraft.solvers.state import RunState, read_state, weights_file
+from tests.solvers.training import SETTINGS, clips, model
+
+JOB = TrainingJob("stereo-melody", epochs=2, updates_per_epoch=20, batch_size=2)
+UPDATES = 40
+
+
+class Stop(BaseException):
+    """As an interruption comes."""
+
+
+@contextmanager
+def stopped_at(start):
+    """Interrupts where a line is said that begins so."""
+
+    def stop(record):
+        if record.getMessage().startswith(start):
+            raise Stop
+        return True
+
+    rounds.logger.addFilter(stop)
+    with pytest.raises(Stop):
+        yield
+    rounds.logger.removeFilter(stop)
+
+
+@pytest.fixture(autouse=True)
+def said(caplog):
+    caplog.set_level(logging.INFO, "audiocraft")
+    return caplog
+
+
+def run(work, job=JOB, measured=2, music=None, base="ab"):
+    """A run as it begins; where it has begun already it goes on."""
+    music = music or clips(6)
+    lm = model()
+    if job.lora_rank:
+        attach(lm, lora_config(job.lora_rank), torch.Generator().manual_seed(0))
+    updates = job.epochs * job.updates_per_epoch
+    settings = replace(SETTINGS, updates=updates, batch_size=job.batch_size, micro_batch=2)
+    state = RunState(
+        updates=updates,
+        updates_per_epoch=job.updates_per_epoch,
+        clips=len(music) - measured,
+        songs=4,
+        held_out=measured,
+        held_out_clips=measured,
+        ranks=1,
+        sharded=False,
+        base_sha256=base,
+    )
+    trainer = Trainer(lm, settings)
+    going = _Run(work, job, trainer, _Base(lm, lm.cfg, Path("none")), state)
+    going.train(music[measured:], music[:measured])
+    return trainer
+
+
+def names(work):
+    return sorted(path.name for path in work.iterdir())
+
+
+def test_a_line_for_each_tenth_of_an_epoch(tmp_path, said):
+    run(tmp_path)
+    lines = [line for line in said.messages if line.startswith("update ")]
+    assert [int(line.split()[1].split("/")[0]) for line in lines] == list(range(2, 41, 2))
+    losses = read_state(tmp_path).losses
+    assert [value.update for value in losses] == list(range(2, 41, 2))
+    for line, value in zip(lines, losses, strict=True):
+        parts = " ".join(f"{part:.3f}" for part in value.per_codebook)
+        expected = (
+            rf"update {value.update}/40: loss {value.loss:.4f} \({parts}\), lr {value.lr:.3g}, "
+            rf"gradient norm {value.grad_norm:.3g}, [\d.e+]+ steps/s, \d+ s left"
+        )
+        assert re.fullmatch(expected, line)
+        assert value.loss == pytest.approx(sum(value.per_codebook) / 8)
+    assert "40 updates x batch 2 = 20 passes over the 4 clips of 4 songs." in said.messages
+    assert not any("passes: the model may repeat" in line for line in said.messages)
+
+
+def test_many_passes_are_warned_of(tmp_path, said):
+    run(tmp_path, replace(JOB, epochs=1, batch_size=6))
+    assert "20 updates x batch 6 = 30 passes over the 4 clips of 4 songs." in said.messages
+    assert any(line.startswith("More than 20 passes: ") for line in said.messages)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_best_weights_are_kept_beside_the_last(tmp_path, said, rank, monkeypatch):
+    """Here the second epoch is made the best of three by what is measured."""
+    values = iter([9.0, 3.0, 2.0, 2.5])
+    evaluate = Trainer.evaluate
+
+    def measured(self, *arguments, **options):
+        loss = evaluate(self, *arguments, **options)
+        return replace(loss, sums=loss.counts.double() * next(values))
+
+    monkeypatch.setattr(Trainer, "evaluate", measured)
+    run(tmp_path, replace(JOB, epochs=3, updates_per_epoch=10, lora_rank=rank))
+    assert names(tmp_path) == ["checkpoints", "weights-20.safetensors", "weights-30.safetensors"]
+    state = read_state(tmp_path)
+    assert (state.best, state.best_loss, state.exported) == (20, 2.0, 30)
+    assert [(value.update, value.loss) for value in state.validation] == [
+        (0, 9.0),
+        (10, 3.0),
+        (20, 2.0),
+        (30, 2.5),
+    ]
+    tuned = read_finetune(weights_file(tmp_path, 20))
+    assert (tuned.base, tuned.base_sha256, tuned.license) == (
+        *("stereo-melody", "ab", "cc-by-nc-4.0"),
+    )
+    assert (tuned.lora is None) == (rank == 0)
+    assert "Validation loss of the base: 9.0000." in said.messages
+    assert (
+        "Validation loss of the averaged weights after update 30: 2.5000 (best: 2.0000)."
+        in said.messages
+    )
+
+
+def test_what_is_exported_is_what_was_measured(tmp_path):
+    """The averaged weights in 16 bit: their loss is that of the last validation."""
+    run(tmp_path)
+    state = read_state(tmp_path)
+    lm = model()
+    exported, _ = read_safetensors(weights_file(tmp_path, state.exported))
+    lm.load_state_dict({name: tensor.float() for name, tensor in exported.items()})
+    loss = Trainer(lm, SETTINGS).evaluate(clips(6)[:2], averaged=False)
+    assert float(loss.total) == pytest.approx(state.validation[-1].loss, abs=1e-3)
+    assert state.validation[-1].loss < state.validation[0].loss
+
+
+@pytest.mark.parametrize("stop", ["update 6/", "update 26/", "Epoch 1 of 2 is done"])
+@pytest.mark.parametrize("every", [0.0, 1e9])
+def test_an_interrupted_run_comes_to_the_same(tmp_path, monkeypatch, said, stop, every):
+    """With checkpoints after each update, and at the ends of epochs alone."""
+    whole, halved = tmp_path / "whole", tmp_path / "halved"
+    whole.mkdir()
+    halved.mkdir()
+    expected = run(whole).state_dict()
+    monkeypatch.setattr(rounds, "_SAVE_EVERY_S", every)
+    with stopped_at(stop):
+        run(halved)
+    kept = read_state(halved)
+    update = int(re.search(r"\d+", stop)[0]) if stop.startswith("update") else 20
+    assert (kept.update if kept else 0) == (
+        update - (update != 20) if every == 0 else update // 20 * 20
+    )
+    said.clear()
+    assert_same(run(halved).state_dict(), expected)
+    assert any(line.startswith("Going on after update ") for line in said.messages) == bool(kept)
+    ours, theirs = read_state(halved), read_state(whole)
+    assert ours.losses == theirs.losses
+    assert ours.validation == theirs.validation
+    assert_same(
+        read_safetensors(weights_file(halved, ours.exported))[0],
+        read_safetensors(weights_file(whole, theirs.exported))[0],
+    )
+    assert ours.seconds > 0
+
+
+def assert_same(ours, theirs):
+    """Tensors, numbers, and dictionaries and lists of these."""
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert_same(ours[key], value)
+    elif isinstance(theirs, list | tuple):
+        assert len(ours) == len(theirs)
+        for our, their in zip(ours, theirs, strict=True):
+            assert_same(our, their)
+    elif isinstance(theirs, torch.Tensor):
+        assert torch.equal(ours, theirs)
+    else:
+        assert ours == theirs
+
+
+def test_a_run_that_has_ended_makes_no_updates(tmp_path, said):
+    run(tmp_path)
+    before = load_state(find_checkpoint(tmp_path))
+    said.clear()
+    run(tmp_path)
+    assert said.messages[-1] == "Going on after update 40 of 40."
+    assert_same(load_state(find_checkpoint(tmp_path)), before)
+
+
+def test_a_base_that_has_changed(tmp_path):
+    run(tmp_path, replace(JOB, epochs=1))
+    with pytest.raises(TrainingError, match=r"^The weights of stereo-melody are not those that"):
+        run(tmp_path, base="other")
+
+
+def test_a_loss_that_is_not_finite(tmp_path):
+    """Before there is a checkpoint, and after."""
+    music = clips(6)
+    broken = [replace(clip, chroma=clip.chroma * float("nan")) for clip in music]
+    with pytest.raises(TrainingError) as caught:
+        run(tmp_path, measured=0, music=broken)
+    assert re.fullmatch(
+        r"The loss of update \d+ is nan: .* There is no checkpoint yet, so nothing is lost\.",
+        str(caught.value),
+    )
+    with stopped_at("Epoch 1 of 2 is done"):
+        run(tmp_path)
+    with pytest.raises(TrainingError) as caught:
+        run(tmp_path, measured=0, music=broken)
+    assert str(caught.value).endswith(
+        f" Kept in {tmp_path}: the checkpoint of update 20 and, as replicate_weights takes them, "
+        "weights-20.safetensors."
+    )
+    assert read_state(tmp_path).update == 20
