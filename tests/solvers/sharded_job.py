@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from audiocraft.errors import InputError
 from audiocraft.solvers.ema import Ema
 from audiocraft.solvers.optimizers import OptimizerSettings, build_optimizer
+from audiocraft.solvers.rank import end
 from audiocraft.solvers.schedules import lr_factor, set_lr
 
 UPDATES = 60
@@ -110,7 +111,7 @@ def main():
         result["mixed"] = str(error)
     if dist.get_rank() == 0:
         sys.stdout.write(json.dumps(result) + "\n")
-    dist.destroy_process_group()
+    end(0)
 
 
 if __name__ == "__main__":
