@@ -45,6 +45,7 @@ SETTINGS = TrainSettings(
     conditions=ConditionSettings(cfg_p=0.1, word_p=0.1),
 )
 LORA_LR, LORA_RANK = 1e-2, 8
+TUNING_UPDATES = 300
 TEXT_ENCODER = GOLDEN / "t5_tiny"
 
 
@@ -115,11 +116,11 @@ def new_model(state=None):
     return lm
 
 
-def train(model, optimizer, clips, *, lr=None, each=None):
+def train(model, optimizer, clips, *, lr=None, updates=UPDATES, each=None):
     """A trainer after its updates; `each` gives the clips of an update."""
     optimizer = OptimizerSettings(optimizer, lr or RATES[optimizer])
-    trainer = Trainer(model, replace(SETTINGS, optimizer=optimizer))
-    for update in range(1, UPDATES + 1):
+    trainer = Trainer(model, replace(SETTINGS, optimizer=optimizer, updates=updates))
+    for update in range(1, updates + 1):
         trainer.train(each(update) if each else clips, lambda _: None, update)
     return trainer
 
@@ -157,10 +158,11 @@ def tuned(music):
     own, other = music
     base = train(new_model(), "adamw", other).exported_state()
     before = Trainer(new_model(base), SETTINGS).evaluate(own, averaged=False)
-    full = train(new_model(base), "adamw", own)
+    full = train(new_model(base), "adamw", own, updates=TUNING_UPDATES)
     adapted = new_model(base)
     attach(adapted, lora_config(LORA_RANK), torch.Generator().manual_seed(0))
-    return base, float(before.total), full, train(adapted, "adamw", own, lr=LORA_LR)
+    lora = train(adapted, "adamw", own, lr=LORA_LR, updates=TUNING_UPDATES)
+    return base, float(before.total), full, lora
 
 
 def test_an_adapter_closes_at_least_half_of_full_fine_tunings_drop(tuned, music, capsys):
