@@ -200,7 +200,8 @@ def script(hub, tmp_path):
             "HF_HOME": str(tmp_path / "home"),
         }
         return subprocess.Popen(
-            [ROOT / "scripts/download", *arguments],
+            # Whoever runs the tests may ignore it, as a shell does for what runs in the background.
+            ["env", "--default-signal=INT", ROOT / "scripts/download", *arguments],
             env=environment,
             cwd=tmp_path,
             stderr=subprocess.PIPE,

@@ -368,7 +368,9 @@ def command(
     """The command in a process of its own, and what it said until the model was ready."""
     code = (
         "import signal, sys; from pathlib import Path; from audiocraft.serving import cli; "
+        # Whoever runs the tests may ignore them, as nohup does.
         "signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL); "
         "sys.exit(cli.main(sys.argv[2:], project=Path(sys.argv[1])))"
     )
     arguments = [sys.executable, "-c", code, str(project), "predict", *flags]
