@@ -131,7 +131,7 @@ def _end(process: "subprocess.Popen[bytes]", output: int) -> None:
 
 def _reason(folder: Path, status: int) -> str:
     """What went wrong first, from what agent and ranks have left."""
-    said = [_read(path) for path in sorted(folder.glob("rank-*.json"))]
+    said = [left for path in sorted(folder.glob("rank-*.json")) if (left := _read(path))]
     failures: dict[str, int] = _read(folder / "agent.json")
     killed = {
         rank: -code for rank, code in failures.items() if code < 0 and code != -signal.SIGTERM
@@ -142,6 +142,8 @@ def _reason(folder: Path, status: int) -> str:
         return f"Training process {rank} was killed by {_name(number)}{hint}."
     if said:
         first = min(said, key=lambda item: item["time"])
+        if first["is_ours"]:
+            return str(first["message"])
         return f"Training process {first['rank']} failed: {first['message']}"
     if failures:
         rank, code = min(failures.items())

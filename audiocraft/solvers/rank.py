@@ -12,6 +12,7 @@ import traceback
 from pathlib import Path
 from typing import Final, NoReturn
 
+from audiocraft.errors import AudiocraftError
 from audiocraft.solvers.agent import AGENT, FOLDER
 
 _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
@@ -30,16 +31,18 @@ def main() -> NoReturn:
     except SystemExit as asked:
         end(asked.code if isinstance(asked.code, int) else int(asked.code is not None))
     except Exception as error:  # noqa: BLE001 - the caller raises it
-        traceback.print_exc()
-        _leave(str(error) or type(error).__name__)
+        is_ours = isinstance(error, AudiocraftError)  # a sentence that says it all
+        if not is_ours:
+            traceback.print_exc()
+        _leave(str(error) or type(error).__name__, is_ours=is_ours)
         end(1)  # here, where the error still holds all that was in use, see `end`
     end(0)
 
 
-def _leave(message: str) -> None:
+def _leave(message: str, *, is_ours: bool) -> None:
     """Tell the caller what went wrong."""
     rank = os.environ["RANK"]
-    left = {"rank": rank, "time": time.time(), "message": message}
+    left = {"rank": rank, "time": time.time(), "message": message, "is_ours": is_ours}
     (Path(os.environ[FOLDER]) / f"rank-{rank}.json").write_text(json.dumps(left))
 
 

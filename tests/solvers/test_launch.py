@@ -54,7 +54,7 @@ def test_a_single_process():
     [
         pytest.param(
             "raise",
-            r"^Training process 1 failed: batch_size is wrong\.$",
+            r"^batch_size is wrong\.$",
             marks=pytest.mark.slow,
         ),
         pytest.param(

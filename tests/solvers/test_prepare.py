@@ -77,7 +77,6 @@ def test_an_error_reaches_the_caller_as_its_sentence(work):
     with pytest.raises(TrainingError) as caught:
         run(work)
     assert str(caught.value).startswith(
-        "Training process 0 failed: music holds no music that can be used (1 x cannot be read as "
-        "audio): give"
+        "music holds no music that can be used (1 x cannot be read as audio): give"
     )
     assert not (work / DATASET_FILE).exists()

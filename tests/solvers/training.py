@@ -156,7 +156,9 @@ def train_in(processes, cases, folder):
     path = folder / "cases.json"
     path.write_text(json.dumps([asdict(case) for case in cases]))
     launch("tests.solvers.training", [str(path)], processes, lambda _: None)
-    return [torch.load(folder / f"results-{rank}.pt") for rank in range(processes)]
+    return [
+        torch.load(folder / f"results-{rank}.pt", weights_only=True) for rank in range(processes)
+    ]
 
 
 def main() -> None:
