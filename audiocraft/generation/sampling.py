@@ -56,7 +56,8 @@ def next_token_probs(logits: Tensor, params: SamplingParams) -> Tensor:
     """
     probs = torch.softmax(logits.float() / params.temp, dim=-1)
     if params.top_p > 0:
-        ordered, index = probs.sort(dim=-1, descending=True)
+        # Of equal tokens those with the lower numbers come first, on every device.
+        ordered, index = probs.sort(dim=-1, descending=True, stable=True)
         mass_before = ordered.cumsum(dim=-1) - ordered
         ordered = ordered.masked_fill(mass_before > params.top_p, 0.0)
         probs = torch.zeros_like(probs).scatter_(-1, index, ordered)
@@ -88,9 +89,13 @@ class RowNoise:
     def exponential(self, shape: Sequence[int], device: torch.device) -> Tensor:
         """Exponentially distributed noise [B, *shape], float32."""
         noise = torch.empty(len(self._generators), *shape, device=device)
-        for row, generator in zip(noise, self._generators, strict=True):
-            row.exponential_(generator=generator)
+        self.draw(noise)
         return noise
+
+    def draw(self, out: Tensor) -> None:
+        """Fill a tensor [B, ...] as `exponential` does."""
+        for row, generator in zip(out, self._generators, strict=True):
+            row.exponential_(generator=generator)
 
 
 def sample_next(logits: Tensor, params: SamplingParams, noise: RowNoise) -> Tensor:

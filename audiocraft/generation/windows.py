@@ -6,9 +6,14 @@ dropped and the rest is the prompt of the next. Golden test: `generate_greedy`, 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
+
+from audiocraft.modules.seanet import BLOCK_FRAMES
+from audiocraft.modules.streaming import joined
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,10 @@ def plan_windows(total: int, context: int, stride: int, prompt_len: int) -> list
 
 
 def generate_windows(
-    generate: Callable[[Tensor, Window], Tensor], windows: Sequence[Window], prompt: Tensor
+    generate: Callable[[Tensor, Window], Tensor],
+    windows: Sequence[Window],
+    prompt: Tensor,
+    finished: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Run the windows one after the other.
 
@@ -58,16 +66,92 @@ def generate_windows(
             [B, K, window.prompt_len], which they begin with.
         windows: from `plan_windows`.
         prompt: codes [B, K, P] that the result begins with.
+        finished: called with the prompt, and after each window with the codes [B, K, n] that it
+            added; together they are the result.
 
     Returns:
         Codes [B, K, total].
     """
     codes = prompt
+    if finished is not None:
+        finished(prompt)
     for window in windows:
         known = codes[..., window.offset : window.offset + window.prompt_len]
         generated = generate(known, window)
-        codes = torch.cat([codes, generated[..., window.prompt_len :]], dim=-1)
+        added = generated[..., window.prompt_len :]
+        codes = torch.cat([codes, added], dim=-1)
+        if finished is not None:
+            finished(added)
     return codes
+
+
+class Decoder(Protocol):
+    """A codec's decoder on its way through one clip; see `StreamingDecoder`."""
+
+    def push(self, codes: Tensor, last: bool = False) -> Tensor:
+        """Audio [B, C, n] of the next codes [B, K, frames]; `last` ends the clip."""
+
+
+class DecodingBehind:
+    """Decodes finished windows while the next one is generated.
+
+    On a CUDA device the work is queued on a stream of its own, and nothing waits for it but
+    `finish`, or the end of the `with` block if there is an exception. It is cut where decoding of
+    the whole cuts it, so that the audio is the same bit for bit.
+
+    Args:
+        decoder: at the beginning of the clip.
+        device: where it runs.
+    """
+
+    def __init__(self, decoder: Decoder, device: torch.device) -> None:
+        self._decoder = decoder
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._waiting: Tensor | None = None
+        self._audio: list[Tensor] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Leave no work running behind an exception."""
+        if kind is not None and self._stream is not None:
+            self._stream.synchronize()
+
+    def push(self, codes: Tensor) -> None:
+        """Decode the next codes [B, K, n], all but what may yet be the clip's last block."""
+        codes = joined(self._waiting, codes)
+        ready = max(0, codes.shape[-1] - 1) // BLOCK_FRAMES * BLOCK_FRAMES
+        if ready:
+            self._decode(codes[..., :ready], last=False)
+        self._waiting = codes[..., ready:]
+
+    def finish(self) -> Tensor:
+        """The audio [B, C, T] of all codes."""
+        assert self._waiting is not None, "windows make codes"
+        self._decode(self._waiting, last=True)
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._stream.device)
+            current.wait_stream(self._stream)
+            for piece in self._audio:
+                piece.record_stream(current)
+        return torch.cat(self._audio, dim=-1)
+
+    def _decode(self, codes: Tensor, last: bool) -> None:
+        if self._stream is None:
+            self._audio.append(self._decoder.push(codes, last))
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        codes.record_stream(self._stream)
+        with torch.cuda.stream(self._stream):
+            self._audio.append(self._decoder.push(codes, last))
 
 
 def loop_window(wav: Tensor, start: int, length: int) -> Tensor:

@@ -3,6 +3,7 @@
 Golden tests: `encodec_tiny`, `encodec_tiny_hf`, `encodec_stereo`.
 """
 
+import logging
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -12,11 +13,27 @@ import torch
 from torch import Tensor, nn
 
 from audiocraft.errors import InputError
-from audiocraft.modules.seanet import SEANetConfig, SEANetDecoder, SEANetEncoder
+from audiocraft.modules.seanet import (
+    BLOCK_FRAMES,
+    DecoderStream,
+    SEANetConfig,
+    SEANetDecoder,
+    SEANetEncoder,
+    is_short,
+)
+from audiocraft.modules.streaming import collect, joined, records_gradients, rest, split
+from audiocraft.progress import ProgressLog
 from audiocraft.quantization.vq import ResidualVectorQuantizer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+# Seconds before the log hears of it; chunks of a dataset, which has a log of its own, take less.
+_QUIET_ENCODING_S = 30.0
+_QUIET_DECODING_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -32,6 +49,26 @@ class QuantizedResult:
     x: Tensor
     codes: Tensor
     bandwidth: Tensor
+
+
+class StreamingDecoder(ABC):
+    """A codec's decoder on its way through one clip; see `CompressionModel.stream`."""
+
+    @abstractmethod
+    def push(self, codes: Tensor, last: bool = False) -> Tensor:
+        """Take the next codes.
+
+        Args:
+            codes: [B, K, frames], frames >= 0.
+            last: the clip ends with them.
+
+        Returns:
+            Audio [B, C, n], n >= 0, behind what was given before: all that is final.
+        """
+
+    @abstractmethod
+    def flush(self) -> Tensor:
+        """End the clip; the rest of its audio [B, C, n]."""
 
 
 class CompressionModel(ABC, nn.Module):
@@ -63,6 +100,13 @@ class CompressionModel(ABC, nn.Module):
     @abstractmethod
     def decode(self, codes: Tensor, scale: Tensor | None = None) -> Tensor:
         """Audio [B, C, frames * hop] of codes and scale."""
+
+    @abstractmethod
+    def stream(self, scale: Tensor | None = None) -> StreamingDecoder:
+        """A decoder for codes that come piece by piece.
+
+        However they are cut, the pieces of audio together are what `decode` gives.
+        """
 
     @abstractmethod
     def decode_latent(self, codes: Tensor) -> Tensor:
@@ -128,12 +172,32 @@ class EncodecModel(CompressionModel):
         """Codes [B, K, frames] and scale [B, 1] (if it renormalises) of audio [B, C, T]."""
         self._check(x)
         x, scale = self._normalize(x)
-        return self.quantizer.encode(self.encoder(x)), scale
+        frames = -(-x.shape[-1] // self.encoder.hop_length)
+        progress = ProgressLog(logger, "frames", "encoding audio", quiet_s=_QUIET_ENCODING_S)
+        return collect(_reported(self._codes(x), frames, progress), frames), scale
+
+    @torch.no_grad()  # codes have no gradient
+    def _codes(self, x: Tensor) -> "Iterator[Tensor]":
+        """Codes, piece by piece: the distances to all vectors take memory too."""
+        for latent in self.encoder.pieces(x):
+            yield self.quantizer.encode(latent)
 
     def decode(self, codes: Tensor, scale: Tensor | None = None) -> Tensor:
         """Audio [B, C, frames * hop] of codes and scale; not trimmed."""
-        out: Tensor = self.decoder(self.decode_latent(codes))
-        return out if scale is None else out * scale[:, :, None]
+        rows, _, frames = codes.shape
+        if is_short(rows, frames) or records_gradients(self, codes):
+            out: Tensor = self.decoder(self.decode_latent(codes))
+            return out if scale is None else out * scale[:, :, None]
+        stream = self.stream(scale)
+        pieces = (stream.push(piece, last) for piece, last in split(codes, BLOCK_FRAMES))
+        hop = self.encoder.hop_length
+        progress = ProgressLog(logger, "frames", "decoding", scale=hop, quiet_s=_QUIET_DECODING_S)
+        return collect(_reported(pieces, frames * hop, progress), frames * hop)
+
+    @torch.no_grad()
+    def stream(self, scale: Tensor | None = None) -> "EncodecStreamingDecoder":
+        """A decoder for codes that come piece by piece."""
+        return EncodecStreamingDecoder(self, self.decoder.stream(), scale)
 
     def decode_latent(self, codes: Tensor) -> Tensor:
         """Latent (B, dimension, frames) of codes."""
@@ -157,6 +221,49 @@ class EncodecModel(CompressionModel):
             raise InputError(
                 f"Audio has the shape {list(x.shape)}, this codec needs [B, {self.channels}, T]."
             )
+
+
+def _reported(pieces: "Iterator[Tensor]", total: int, progress: ProgressLog) -> "Iterator[Tensor]":
+    """The same pieces, which the log hears of."""
+    done = 0
+    for piece in pieces:
+        done += piece.shape[-1]
+        progress.update(done, total)
+        yield piece
+
+
+@dataclass
+class EncodecStreamingDecoder(StreamingDecoder):
+    """EnCodec's decoder on its way through one clip.
+
+    Attributes:
+        codec: the codec.
+        decoder: the state of its decoder.
+        scale: [B, 1], or None.
+        end: no codes, in the shape of those that came.
+    """
+
+    codec: EncodecModel
+    decoder: DecoderStream
+    scale: Tensor | None
+    end: Tensor | None = None
+
+    @torch.no_grad()
+    def push(self, codes: Tensor, last: bool = False) -> Tensor:
+        """Take the next codes [B, K, frames] and give all audio that is final."""
+        self.end = codes[..., :0]
+        audio = [
+            self.decoder.push(self.codec.decode_latent(piece), last and end)
+            for piece, end in split(codes, BLOCK_FRAMES)
+        ]
+        out = torch.cat(audio, dim=-1)
+        return out if self.scale is None else out * self.scale[:, :, None]
+
+    def flush(self) -> Tensor:
+        """End the clip; the rest of its audio [B, C, n]."""
+        if self.end is None:
+            raise InputError("There is no audio without codes; push some before the flush.")
+        return self.push(self.end, last=True)
 
 
 class InterleaveStereoCompressionModel(CompressionModel):
@@ -216,12 +323,51 @@ class InterleaveStereoCompressionModel(CompressionModel):
             return codes[..., 0::2], codes[..., 1::2]
         return codes[:, 0::2], codes[:, 1::2]
 
+    def stacked(self, codes: Tensor) -> Tensor:
+        """Codes of both channels as rows [L, R, L, R, ...] of the mono codec."""
+        return torch.stack(self.split(codes), dim=1).flatten(0, 1)
+
     def decode(self, codes: Tensor, scale: Tensor | None = None) -> Tensor:
         """Stereo audio [B, 2, T] of codes and scale [B, 2]."""
-        both = torch.stack(self.split(codes), dim=1).flatten(0, 1)
+        both = self.stacked(codes)
         wav = self.model.decode(both, None if scale is None else scale.reshape(-1, 1))
         return wav.view(-1, 2, wav.shape[-1])
+
+    def stream(self, scale: Tensor | None = None) -> "StereoStreamingDecoder":
+        """A decoder for codes that come piece by piece."""
+        mono = self.model.stream(None if scale is None else scale.reshape(-1, 1))
+        return StereoStreamingDecoder(self, mono)
 
     def decode_latent(self, codes: Tensor) -> Tensor:  # noqa: ARG002 - the base class has it
         """Refused: the two channels have no common latent."""
         raise InputError("Stereo codes have no single latent; split them and decode each channel.")
+
+
+@dataclass
+class StereoStreamingDecoder(StreamingDecoder):
+    """Stereo on its way through one clip: the channels are rows of a mono decoder.
+
+    Attributes:
+        codec: the stereo codec.
+        mono: the mono codec's decoder.
+        held: steps of codes that are half a frame, where channels alternate in time.
+    """
+
+    codec: InterleaveStereoCompressionModel
+    mono: StreamingDecoder
+    held: Tensor | None = None
+
+    def push(self, codes: Tensor, last: bool = False) -> Tensor:
+        """Take the next codes [B, K, steps] and give all audio that is final."""
+        codes = joined(self.held, codes)
+        whole = codes.shape[-1] - codes.shape[-1] % self.codec.num_virtual_steps
+        self.held = rest(codes, whole)
+        return self._stereo(self.mono.push(self.codec.stacked(codes[..., :whole]), last))
+
+    def flush(self) -> Tensor:
+        """End the clip; the rest of its audio [B, 2, n]."""
+        return self._stereo(self.mono.flush())
+
+    @staticmethod
+    def _stereo(wav: Tensor) -> Tensor:
+        return wav.reshape(len(wav) // 2, 2, wav.shape[-1])

@@ -45,6 +45,7 @@ from audiocraft.models.loaders import (
 from audiocraft.models.versions import VERSIONS, resolve_source
 from audiocraft.modules.conditioners import ChromaStemConditioner, T5Conditioner
 from audiocraft.modules.lora import LoraConfig, merge
+from audiocraft.modules.precision import Precision, weight_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -215,7 +216,10 @@ def file_base_sha256(path: Path, checkpoint: Checkpoint) -> str:
 
 
 def load_full(
-    tuned: FineTune, version: str, device: torch.device | str
+    tuned: FineTune,
+    version: str,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
 ) -> tuple[LMModel, CompressionModel]:
     """Models of a full fine-tune: its language model with the codec and text encoder of a version.
 
@@ -223,6 +227,7 @@ def load_full(
         tuned: a full fine-tune.
         version: its base, or where it names none the one that it shall be heard through.
         device: where they will run.
+        dtype: of the language model's weights; see `load_lm_model`.
 
     Raises:
         WeightsError: they do not fit each other.
@@ -234,7 +239,7 @@ def load_full(
     if text_encoder is None and cfg is not None:
         with config_in_use(name):
             _check_text_encoders(name, cfg)
-    lm = build_lm_model(replace(tuned.checkpoint, cfg=cfg), text_encoder, device)
+    lm = build_lm_model(replace(tuned.checkpoint, cfg=cfg), text_encoder, device, dtype)
     assert lm.cfg is not None, "build_lm_model always sets it"
     codec = load_compression_model(source, device)
     with config_in_use(name):
@@ -266,24 +271,48 @@ def check_base(tuned: FineTune) -> None:
         )
 
 
-def load_any(name: str, device: torch.device | str) -> tuple[LMModel, CompressionModel]:
+def load_any(
+    name: str, device: torch.device | str, precision: Precision
+) -> tuple[LMModel, CompressionModel]:
     """Language model and codec of whatever `MusicGen.get_pretrained` takes.
 
     Args:
         name: version, hub id, release folder, language model's file in a release folder, or file
             of fine-tuned weights.
         device: where they will run.
+        precision: of the language model.
     """
-    path = Path(name)
-    if not path.is_file():
-        return load_models(resolve_source(name), device)
-    tuned = read_finetune(path)
-    if tuned.base is None:
-        return load_models(path, device)
-    if tuned.lora is None:
-        return load_full(tuned, tuned.base, device)
+    path, dtype = Path(name), weight_dtype(precision)
+    tuned = read_finetune(path) if path.is_file() else None
+    if tuned is None:
+        lm, codec = load_models(resolve_source(name), device, dtype)
+    elif tuned.base is None:
+        lm, codec = load_models(path, device, dtype)
+    elif tuned.lora is None:
+        lm, codec = load_full(tuned, tuned.base, device, dtype)
+    else:
+        lm, codec = load_merged(tuned, device, dtype)
+    lm.set_precision(precision)
+    return lm, codec
+
+
+def load_merged(
+    tuned: FineTune, device: torch.device | str, dtype: torch.dtype
+) -> tuple[LMModel, CompressionModel]:
+    """An adapter's base from disk, with the adapter in it, and its codec.
+
+    Args:
+        tuned: an adapter.
+        device: where they will run.
+        dtype: of the language model's weights.
+
+    Raises:
+        WeightsError: the adapter is for other weights.
+        AssetError: the base cannot be fetched.
+    """
+    assert tuned.base is not None
     check_base(tuned)
-    lm, codec = load_models(VERSIONS[tuned.base].source, device)
+    lm, codec = load_models(VERSIONS[tuned.base].source, device, dtype)
     merge_adapter(lm, tuned)
     return lm, codec
 

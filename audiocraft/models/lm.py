@@ -22,6 +22,8 @@ from audiocraft.modules.conditioners import (
     ConditionTensors,
     nullify,
 )
+from audiocraft.modules.linear import Linear
+from audiocraft.modules.precision import Precision, to_int8, weight_dtype
 from audiocraft.modules.transformer import KVCache, Memory, Norm, Transformer, TransformerConfig
 
 
@@ -43,14 +45,16 @@ class DecodingState:
     """What a batch of rows carries from step to step.
 
     Attributes:
-        cache: self-attention keys and values.
         memory: cross-attention keys and values, if the model has cross-attention.
         prefix: conditions that go in front of the first step, until they have been fed.
+        positions: most that will be fed, the prefix included.
+        cache: self-attention keys and values; made when the first step is fed, if not before.
     """
 
-    cache: KVCache
     memory: Memory | None
     prefix: Tensor | None
+    positions: int
+    cache: KVCache | None = None
 
 
 class LMModel(nn.Module):
@@ -90,9 +94,11 @@ class LMModel(nn.Module):
         self.emb = nn.ModuleList(nn.Embedding(card + 1, dim) for _ in range(n_q))
         self.transformer = Transformer(config)
         self.out_norm = Norm(dim)
-        self.linears = nn.ModuleList(nn.Linear(dim, card, bias=bias_proj) for _ in range(n_q))
+        self.linears = nn.ModuleList(Linear(dim, card, bias=bias_proj) for _ in range(n_q))
         self.cfg: DictConfig | None = None
         """The resolved `xp.cfg` that the model was built from, if it was."""
+        self.precision: Precision = "float32"
+        """Of the weights, as `set_precision` left it."""
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -144,6 +150,19 @@ class LMModel(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.out_norm.weight.device
+
+    def set_precision(self, precision: Precision) -> None:
+        """Convert the weights for generation; see `audiocraft.modules.precision`.
+
+        Args:
+            precision: int8 is for the CPU and final: training, saving and copying need the weights.
+        """
+        dtype = weight_dtype(precision)
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(dtype)
+        if precision == "int8":
+            to_int8(self)
+        self.precision = precision
 
     def encode_conditions(self, conditions: Sequence[ConditioningAttributes]) -> ConditionTensors:
         """Encode a batch of conditions."""
@@ -221,15 +240,16 @@ class LMModel(nn.Module):
             conditions: of all rows of all branches.
             max_steps: most steps that will be fed, the prefix not counted.
         """
-        rows = len(conditions)
         prefix, source = self.fuser(self.encode_conditions(conditions))
         memory = None if source is None else self.transformer.project_memory(source)
-        length = max_steps + (0 if prefix is None else prefix.shape[1])
-        cache = KVCache(self.config, rows, length, self.device, self.out_norm.weight.dtype)
-        return DecodingState(cache, memory, prefix)
+        positions = max_steps + (0 if prefix is None else prefix.shape[1])
+        return DecodingState(memory, prefix, positions)
 
     def advance(self, state: DecodingState, sequence: Tensor) -> Tensor:
         """Feed steps [B, K, S] to a decoding state; logits [B, K, card] after the last."""
+        if state.cache is None:
+            dtype = self.out_norm.weight.dtype
+            state.cache = KVCache(self.config, len(sequence), state.positions, self.device, dtype)
         hidden = self._embed(sequence)
         if state.prefix is not None:
             hidden = torch.cat([state.prefix, hidden], dim=1)
@@ -299,6 +319,13 @@ class LMModel(nn.Module):
             # does not count here, and apart from each other the branches are padded differently.
             guidance = Guidance(self.cfg_coef)
             branches = [items, nullify(items)]
+        elif all(item.is_null for item in items) or (
+            cfg_coef_beta is None and self._coef(cfg_coef) == 1
+        ):
+            # With nothing to be guided by the branches are equal, and so is their combination;
+            # with a coefficient of 1 it is the condition's branch.
+            guidance = Guidance(None)
+            branches = [items]
         elif cfg_coef_beta is not None:
             guidance = Guidance(self._coef(cfg_coef), cfg_coef_beta)
             branches = [[*items, *nullify(items, keep_wav=True), *nullify(items)]]

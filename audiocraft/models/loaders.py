@@ -84,11 +84,20 @@ class Checkpoint:
 
 def _read_safetensors(path: Path, name: str) -> Checkpoint:
     state, metadata = read_safetensors(path, name)
-    cfg = _read_config(name, metadata.get("xp.cfg"))
+    cfg = read_config(name, metadata.get("xp.cfg"))
     return Checkpoint(name, state, cfg, metadata.get("pretrained"), metadata)
 
 
-def _read_torch(path: Path, name: str) -> Checkpoint:
+def read_package(path: Path, name: str) -> dict[Any, Any]:
+    """What `torch.save` has written, read without running any code that it may hold.
+
+    Args:
+        path: the file; its tensors are read by memory map.
+        name: what messages call it.
+
+    Raises:
+        WeightsError: it is none, or it would have to run code to be read.
+    """
     try:
         with torch.serialization.safe_globals(_CONFIG_CLASSES):
             package = torch.load(
@@ -114,6 +123,11 @@ def _read_torch(path: Path, name: str) -> Checkpoint:
         ) from error
     if not isinstance(package, dict):
         raise WeightsError(f"{name} is not a file of MusicGen weights.")
+    return package
+
+
+def _read_torch(path: Path, name: str) -> Checkpoint:
+    package = read_package(path, name)
     if "pretrained" in package:
         return Checkpoint(name, {}, pretrained=str(package["pretrained"]))
     # Exports have best_state; training checkpoints best_state.model; older fine-tunes model.
@@ -122,11 +136,15 @@ def _read_torch(path: Path, name: str) -> Checkpoint:
         state = state["model"]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise WeightsError(f"{name} holds no state of a model under best_state or model.")
-    return Checkpoint(name, state, _read_config(name, package.get("xp.cfg")))
+    return Checkpoint(name, state, read_config(name, package.get("xp.cfg")))
 
 
-def _read_config(name: str, cfg: Any) -> DictConfig | None:
-    """An `xp.cfg` as YAML text or as an OmegaConf object."""
+def read_config(name: str, cfg: Any) -> DictConfig | None:
+    """An `xp.cfg` as YAML text or as an OmegaConf object.
+
+    Raises:
+        WeightsError: it is none, or asks for values of this machine.
+    """
     if cfg is None:
         return None
     try:
@@ -232,20 +250,22 @@ def load_lm_model(
     file_or_url_or_id: str | Path,
     device: torch.device | str = "cpu",
     cache_dir: str | Path | None = None,
+    dtype: torch.dtype | None = None,
 ) -> LMModel:
-    """Load a language model: float32 on the CPU, float16 elsewhere, in evaluation mode.
+    """Load a language model, in evaluation mode.
 
     Args:
         file_or_url_or_id: weights file, release folder or hub id.
         device: where it will run.
         cache_dir: a store other than the usual one.
+        dtype: of the weights; float32 on the CPU and float16 elsewhere, if not given.
 
     Raises:
         WeightsError: the file is not a MusicGen language model.
         AssetError: it cannot be fetched.
     """
     path = find_file(file_or_url_or_id, LM_FILE, cache_dir)
-    return build_lm_model(read_checkpoint(path), text_encoder_of(path), device)
+    return build_lm_model(read_checkpoint(path), text_encoder_of(path), device, dtype)
 
 
 def text_encoder_of(path: Path) -> Path | None:
@@ -397,15 +417,18 @@ def _load_hf_encodec(
     return model.eval()
 
 
-def load_models(source: str | Path, device: torch.device | str) -> tuple[LMModel, CompressionModel]:
+def load_models(
+    source: str | Path, device: torch.device | str, dtype: torch.dtype | None = None
+) -> tuple[LMModel, CompressionModel]:
     """Language model and codec of a release, fitted to each other.
 
     Args:
         source: release folder, hub id, or the language model's file: with the codec beside it, or
             else with the name of a released codec in its configuration.
         device: where they will run.
+        dtype: of the language model's weights; see `load_lm_model`.
     """
-    lm = load_lm_model(source, device)
+    lm = load_lm_model(source, device, dtype=dtype)
     assert lm.cfg is not None, "load_lm_model always sets it"
     beside: str | Path = source
     if Path(source).is_file():

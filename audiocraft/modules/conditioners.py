@@ -49,6 +49,12 @@ class ConditioningAttributes:
     wav: dict[str, WavCondition] = field(default_factory=dict)
 
     @property
+    def is_null(self) -> bool:
+        """Whether there is nothing to follow: no text, or an empty one, and no audio."""
+        heard = any(bool(wav.length.any()) for wav in self.wav.values())
+        return not heard and not any(self.text.values())
+
+    @property
     def text_attributes(self) -> list[str]:
         """Names of the text conditions."""
         return list(self.text)
@@ -78,9 +84,10 @@ def nullify(
 
 
 class T5Conditioner(nn.Module):
-    """A frozen T5 encoder and a projection of its output.
+    """A T5 encoder and a projection of its output.
 
-    T5 stands outside the state dict, as in the checkpoints, and always runs in float32.
+    T5 stands outside the state dict, as in the checkpoints, and always runs in float32. It is
+    frozen, unless a `Trainer` is told to train it.
 
     Args:
         source: folder with the encoder and its tokenizer in transformers' format, or a function
@@ -142,7 +149,7 @@ class T5Conditioner(nn.Module):
         # host wait for the device.
         added = torch.zeros(mask.shape, device=mask.device)
         added = added.masked_fill(mask == 0, torch.finfo(torch.float32).min)[:, None, None]
-        with torch.no_grad(), torch.autocast(mask.device.type, enabled=False):
+        with torch.autocast(mask.device.type, enabled=False):
             hidden = model(input_ids=tokens["input_ids"], attention_mask=added).last_hidden_state
         embeds = self.output_proj(hidden.to(self.output_proj.weight.dtype))
         return embeds * mask[..., None], mask

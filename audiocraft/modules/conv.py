@@ -5,11 +5,14 @@ Golden tests: `encodec_tiny`, `encodec_tiny_hf`.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from audiocraft.modules.streaming import joined, rest
 
 PadMode = Literal["constant", "reflect"]
 
@@ -82,17 +85,83 @@ class StreamableConv1d(nn.Module):
         self.causal = causal
         self.pad_mode = pad_mode
         self.span = (kernel_size - 1) * dilation + 1
+        total = self.span - stride
+        self.pad_right = 0 if causal else total // 2
+        self.pad_left = total - self.pad_right
+        # Samples that must be there to be mirrored, one more than are padded at most.
+        self.mirrored_left = self._mirrored(self.pad_left)
+        self.mirrored_right = self._mirrored(self.pad_right + stride - 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, T) to (B, out_channels, ceil(T / stride))."""
-        total = self.span - self.stride
-        right = 0 if self.causal else total // 2
-        frames = -(-x.shape[-1] // self.stride)
-        # The last window is filled up, so that no sample is lost.
-        extra = frames * self.stride - x.shape[-1]
-        x = pad1d(x, total - right, right + extra, self.pad_mode)
-        conv = cast("_WeightNorm", self.conv["conv"])
+        conv = self.weights
+        x = pad1d(x, self.pad_left, self.right_padding(x.shape[-1]), self.pad_mode)
         return F.conv1d(x, conv.weight, conv.bias, self.stride, dilation=self.dilation)
+
+    @property
+    def weights(self) -> _WeightNorm:
+        """Weight and bias."""
+        return cast("_WeightNorm", self.conv["conv"])
+
+    def right_padding(self, samples: int) -> int:
+        """Padding behind that many samples: the last window is filled up, so that none is lost."""
+        return self.pad_right + -samples % self.stride
+
+    def _mirrored(self, padding: int) -> int:
+        return padding + 1 if padding and self.pad_mode == "reflect" else 0
+
+    def stream(self) -> "ConvStream":
+        """The convolution at the beginning of an input."""
+        return ConvStream(self, self.weights.weight)
+
+
+@dataclass
+class ConvStream:
+    """A convolution on its way through one input.
+
+    Attributes:
+        conv: the convolution.
+        weight: its weight, computed once.
+        held: end of the padded input, from the next window on.
+        samples: heard so far.
+        begun: the padding on the left stands before what is held.
+    """
+
+    conv: StreamableConv1d
+    weight: Tensor
+    held: Tensor | None = None
+    samples: int = 0
+    begun: bool = False
+
+    def push(self, x: Tensor, last: bool) -> Tensor:
+        """Hear the next piece; see `Stream`."""
+        conv = self.conv
+        self.samples += x.shape[-1]
+        x = joined(self.held, x)
+        left = right = kept = 0
+        if not self.begun:
+            # A shorter input is padded as a whole, which may take zeros for what is missing.
+            if not last and x.shape[-1] < max(conv.mirrored_left, conv.mirrored_right):
+                self.held = x
+                return self._nothing(x)
+            left = conv.pad_left
+        if last:
+            right = conv.right_padding(self.samples)
+        else:
+            kept = conv.mirrored_right
+        x = pad1d(x, left, right, conv.pad_mode)
+        self.begun = True
+        frames = (x.shape[-1] - max(conv.span - conv.stride, kept)) // conv.stride
+        if frames < 1:
+            self.held = x
+            return self._nothing(x)
+        start = frames * conv.stride
+        window = x[..., : start - conv.stride + conv.span]
+        self.held = rest(x, start)
+        return F.conv1d(window, self.weight, conv.weights.bias, conv.stride, dilation=conv.dilation)
+
+    def _nothing(self, x: Tensor) -> Tensor:
+        return x.new_empty(len(x), len(self.weight), 0)
 
 
 class StreamableConvTranspose1d(nn.Module):
@@ -124,9 +193,53 @@ class StreamableConvTranspose1d(nn.Module):
         surplus = kernel_size - stride
         self.trim_right = math.ceil(surplus * trim_right_ratio) if causal else surplus // 2
         self.trim_left = surplus - self.trim_right
+        # Frames before one that its samples depend on.
+        self.context = -(-kernel_size // stride) - 1
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, T) to (B, out_channels, T * stride)."""
-        convtr = cast("_WeightNorm", self.convtr["convtr"])
+        convtr = self.weights
         y = F.conv_transpose1d(x, convtr.weight, convtr.bias, self.stride)
         return y[..., self.trim_left : y.shape[-1] - self.trim_right]
+
+    @property
+    def weights(self) -> _WeightNorm:
+        """Weight and bias."""
+        return cast("_WeightNorm", self.convtr["convtr"])
+
+    def stream(self) -> "ConvTransposeStream":
+        """The convolution at the beginning of an input."""
+        return ConvTransposeStream(self, self.weights.weight, self.trim_left)
+
+
+@dataclass
+class ConvTransposeStream:
+    """A transposed convolution on its way through one input.
+
+    Attributes:
+        conv: the convolution.
+        weight: its weight, computed once.
+        trim: samples that are still to be trimmed on the left.
+        held: the last frames, `conv.context` of them or as many as there were.
+    """
+
+    conv: StreamableConvTranspose1d
+    weight: Tensor
+    trim: int
+    held: Tensor | None = None
+
+    def push(self, x: Tensor, last: bool) -> Tensor:
+        """Hear the next piece; see `Stream`."""
+        conv = self.conv
+        before = 0 if self.held is None else self.held.shape[-1]
+        x = joined(self.held, x)
+        frames = x.shape[-1]
+        if frames == 0 or (frames == before and not last):
+            return x.new_empty(len(x), self.weight.shape[1], 0)
+        self.held = rest(x, max(0, frames - conv.context))
+        y = F.conv_transpose1d(x, self.weight, conv.weights.bias, conv.stride)
+        stop = y.shape[-1] - conv.trim_right if last else frames * conv.stride
+        y = y[..., before * conv.stride : stop]
+        trim = min(self.trim, y.shape[-1])
+        self.trim -= trim
+        return y[..., trim:]

@@ -3,7 +3,7 @@
 Golden test: `encodec_tiny`.
 """
 
-import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -12,14 +12,22 @@ from torch import Tensor, nn
 
 from audiocraft.modules.conv import PadMode, StreamableConv1d, StreamableConvTranspose1d
 from audiocraft.modules.lstm import StreamableLSTM
-from audiocraft.progress import ProgressLog
+from audiocraft.modules.streaming import (
+    Chain,
+    Sum,
+    chain,
+    collect,
+    records_gradients,
+    run,
+    split,
+)
 
-logger = logging.getLogger(__name__)
-
-_CHUNK_FRAMES = 500
-# A sample depends on less than 4 frames to either side in the released shape.
-_CONTEXT_FRAMES = 16
-_QUIET_S = 5.0
+# The frame layers hear ten seconds at a time: each call of an LSTM packs its weights again.
+BLOCK_FRAMES = 500
+# The layers at higher rates take the memory and hear pieces of so many frames, all rows together;
+# tensors of larger ones leave the caches of a CPU.
+_PIECE_FRAMES = 100
+_LEAST_PIECE = 5
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,10 @@ class SEANetResnetBlock(nn.Module):
         out: Tensor = self.shortcut(x) + self.block(x)
         return out
 
+    def stream(self) -> Sum:
+        """The block at the beginning of an input."""
+        return Sum(chain([self.shortcut]), chain(self.block))
+
 
 def _residuals(config: SEANetConfig, dim: int) -> list[nn.Module]:
     return [
@@ -110,34 +122,61 @@ def _lstm(config: SEANetConfig, dim: int) -> list[nn.Module]:
     return [StreamableLSTM(dim, config.lstm)] if config.lstm else []
 
 
+def _piece_frames(rows: int) -> int:
+    """Frames that the layers at higher rates hear at a time."""
+    return max(_LEAST_PIECE, _PIECE_FRAMES // rows)
+
+
+def is_short(rows: int, frames: int) -> bool:
+    """Whether a clip is one piece, and computed as a whole."""
+    return frames <= _piece_frames(rows)
+
+
 class SEANetEncoder(nn.Module):
-    """Audio (B, channels, T) to latent (B, dimension, ceil(T / hop))."""
+    """Audio (B, channels, T) to latent (B, dimension, ceil(T / hop)), in bounded memory.
+
+    The first layers take the memory: 80 MB per second of stereo at the released size. Beyond a few
+    seconds they hear audio piece by piece, as do those behind them; training is not so.
+    """
 
     def __init__(self, config: SEANetConfig) -> None:
         super().__init__()
+        self.hop_length = config.hop_length
         dim = config.n_filters
         layers: list[nn.Module] = [config.conv(config.channels, dim, config.kernel_size)]
         for ratio in reversed(config.ratios):
             layers += _residuals(config, dim)
             layers += [nn.ELU(), config.conv(dim, 2 * dim, 2 * ratio, stride=ratio)]
             dim *= 2
+        self.num_sample_layers = len(layers)
         layers += _lstm(config, dim)
         layers += [nn.ELU(), config.conv(dim, config.dimension, config.last_kernel_size)]
         self.model = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         """Encode."""
-        latent: Tensor = self.model(x)
-        return latent
+        if records_gradients(self, x):
+            latent: Tensor = self.model(x)
+            return latent
+        return collect(self.pieces(x), -(-x.shape[-1] // self.hop_length))
+
+    def pieces(self, x: Tensor) -> Iterator[Tensor]:
+        """The latent, piece by piece."""
+        if is_short(len(x), -(-x.shape[-1] // self.hop_length)):
+            return iter([self.model(x)])
+        return run(self.stream(), x, BLOCK_FRAMES * self.hop_length)
+
+    def stream(self) -> "EncoderStream":
+        """The encoder at the beginning of a clip, for inference."""
+        return EncoderStream(
+            chain(list(self.model)[: self.num_sample_layers]),
+            chain(list(self.model)[self.num_sample_layers :]),
+            self.hop_length,
+        )
 
 
 class SEANetDecoder(nn.Module):
-    """Latent (B, dimension, T) to audio (B, channels, T * hop).
-
-    Upsampling takes the memory: 80 MB per second of stereo at the released size. It is done in
-    chunks, each with as many frames around it as its samples depend on, so that any length fits
-    and nothing is heard of it.
-    """
+    """Latent (B, dimension, T) to audio (B, channels, T * hop), in bounded memory as encoding."""
 
     def __init__(self, config: SEANetConfig) -> None:
         super().__init__()
@@ -158,17 +197,59 @@ class SEANetDecoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Decode."""
-        hidden = self.model[: self.num_frame_layers](z)
-        frames = hidden.shape[-1]
-        pieces = []
-        progress = ProgressLog(logger, "frames", "decoding", quiet_s=_QUIET_S)
-        for start in range(0, frames, _CHUNK_FRAMES):
-            stop = min(start + _CHUNK_FRAMES, frames)
-            first = max(0, start - _CONTEXT_FRAMES)
-            around = hidden[..., first : stop + _CONTEXT_FRAMES]
-            wav = self.model[self.num_frame_layers :](around)
-            pieces.append(
-                wav[..., (start - first) * self.hop_length : (stop - first) * self.hop_length]
-            )
-            progress.update(stop, frames)
-        return torch.cat(pieces, dim=-1)
+        if is_short(len(z), z.shape[-1]) or records_gradients(self, z):
+            audio: Tensor = self.model(z)
+            return audio
+        return collect(run(self.stream(), z, BLOCK_FRAMES), z.shape[-1] * self.hop_length)
+
+    def stream(self) -> "DecoderStream":
+        """The decoder at the beginning of a clip, for inference."""
+        return DecoderStream(
+            chain(list(self.model)[: self.num_frame_layers]),
+            chain(list(self.model)[self.num_frame_layers :]),
+        )
+
+
+@dataclass
+class EncoderStream:
+    """An encoder on its way through one clip.
+
+    Attributes:
+        samples: the layers that hear audio.
+        frames: those behind them, at the frame rate.
+        hop_length: samples per frame.
+    """
+
+    samples: Chain
+    frames: Chain
+    hop_length: int
+
+    def push(self, x: Tensor, last: bool) -> Tensor:
+        """Hear the next piece of audio; see `Stream`."""
+        hidden = [
+            self.samples.push(piece, last and end)
+            for piece, end in split(x, _piece_frames(len(x)) * self.hop_length)
+        ]
+        return self.frames.push(torch.cat(hidden, dim=-1), last)
+
+
+@dataclass
+class DecoderStream:
+    """A decoder on its way through one latent.
+
+    Attributes:
+        frames: the layers at the frame rate.
+        samples: those behind them, which upsample.
+    """
+
+    frames: Chain
+    samples: Chain
+
+    def push(self, x: Tensor, last: bool) -> Tensor:
+        """Hear the next piece of the latent; see `Stream`."""
+        hidden = self.frames.push(x, last)
+        audio = [
+            self.samples.push(piece, last and end)
+            for piece, end in split(hidden, _piece_frames(len(x)))
+        ]
+        return torch.cat(audio, dim=-1)

@@ -7,12 +7,16 @@ decode (one step, filled cache). Golden tests: `lm_tiny_text_mono`, `lm_tiny_tex
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
+
+from audiocraft.modules.cpu_step import CpuStep
+from audiocraft.modules.linear import Int8Weight, Linear, linear
 
 Memory = Sequence[tuple[Tensor, Tensor]]
 """Cross-attention keys and values of each layer, each (B, H, M, D)."""
@@ -49,8 +53,13 @@ class KVCache:
         rows: B, rows of the batch.
         max_steps: most positions that will be written.
         device: where it lives.
-        dtype: of the activations.
+        dtype: of the weights.
+
+    Attributes:
+        step: the layers as one program on a CPU, from the first single step on.
     """
+
+    step: CpuStep | None = None
 
     def __init__(
         self,
@@ -67,7 +76,8 @@ class KVCache:
             max_steps,
             config.dim // config.num_heads,
         )
-        self.keys = torch.empty(shape, device=device, dtype=dtype)  # (L, B, H, T, D)
+        self.keys = torch.empty(shape, device=device, dtype=attention_dtype(device, dtype))
+        """(L, B, H, T, D)."""
         self.values = torch.empty_like(self.keys)
         self.length = 0
 
@@ -77,6 +87,15 @@ class KVCache:
         self.keys[layer, :, :, self.length : end] = keys
         self.values[layer, :, :, self.length : end] = values
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+def attention_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Type of keys and values for weights of a type.
+
+    On a CPU that is float32 always: with 400 filled positions of two rows of `small`, attention in
+    bfloat16 took 0.83 ms where float32 took 0.33, on an EPYC with AVX-512.
+    """
+    return torch.float32 if device.type == "cpu" else dtype
 
 
 def sin_embedding(positions: Tensor, dim: int) -> Tensor:
@@ -114,33 +133,51 @@ class Norm(nn.LayerNorm):
         return normed.to(weight.dtype)
 
 
-class _Attention(nn.Module):
+class Attention(nn.Module):
     """What both kinds of attention share: one packed input projection, one output projection."""
+
+    blocks: ClassVar[tuple[tuple[int, int], ...]]
+    """Blocks of (query, key, value), first and last, that are projected in one."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
+        self.int8_blocks: dict[tuple[int, int], Int8Weight] = {}
         self.in_proj_weight = nn.Parameter(torch.empty(3 * config.dim, config.dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * config.dim)) if config.bias_attn else None
-        self.out_proj = nn.Linear(config.dim, config.dim, bias=config.bias_attn)
+        self.out_proj = Linear(config.dim, config.dim, bias=config.bias_attn)
+
+    def to_int8(self) -> None:
+        """Replace the input projection by one with 8 bits."""
+        dim = self.in_proj_weight.shape[1]
+        for first, last in self.blocks:
+            weight = self.in_proj_weight.detach()[first * dim : last * dim]
+            self.int8_blocks[first, last] = Int8Weight(weight)
+        del self.in_proj_weight
+
+    def block(self, first: int, last: int) -> tuple[Tensor | Int8Weight, Tensor | None]:
+        """Weight and bias of blocks `first` to `last` of (query, key, value)."""
+        dim = self.out_proj.in_features
+        rows = slice(first * dim, last * dim)
+        bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
+        return self.int8_blocks.get((first, last)) or self.in_proj_weight[rows], bias
 
     def _project(self, x: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
         """Blocks `first` to `last` of (query, key, value), each (B, H, S, D)."""
-        dim = x.shape[-1]
-        rows = slice(first * dim, last * dim)
-        bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
-        packed = F.linear(x, self.in_proj_weight[rows], bias)
+        packed = linear(x, *self.block(first, last))
         heads = packed.view(*x.shape[:2], last - first, self.num_heads, -1)
         return tuple(heads.permute(2, 0, 3, 1, 4).unbind(0))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
-        projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
+        out = F.scaled_dot_product_attention(q.to(k.dtype), k, v, is_causal=is_causal)
+        projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2).to(q.dtype))
         return projected
 
 
-class SelfAttention(_Attention):
+class SelfAttention(Attention):
     """Causal self-attention."""
+
+    blocks = ((0, 3),)
 
     def forward(self, x: Tensor, layer: int, cache: KVCache | None) -> Tensor:
         """Attend from `x` (B, S, dim) to itself and to the cache's filled part.
@@ -153,8 +190,10 @@ class SelfAttention(_Attention):
         return self._attend(q, k, v, is_causal=q.shape[2] > 1)
 
 
-class CrossAttention(_Attention):
+class CrossAttention(Attention):
     """Attention to a condition, whose keys and values are computed once."""
+
+    blocks = ((0, 1), (1, 3))
 
     def project_memory(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, H, M, D) of the condition (B, M, dim)."""
@@ -181,8 +220,8 @@ class TransformerLayer(nn.Module):
         if config.cross_attention:
             self.cross_attention = CrossAttention(config)
             self.norm_cross = Norm(dim)
-        self.linear1 = nn.Linear(dim, hidden, bias=config.bias_ff)
-        self.linear2 = nn.Linear(hidden, dim, bias=config.bias_ff)
+        self.linear1 = Linear(dim, hidden, bias=config.bias_ff)
+        self.linear2 = Linear(hidden, dim, bias=config.bias_ff)
         self.norm2 = Norm(dim)
 
     def forward(
@@ -214,10 +253,12 @@ class Transformer(nn.Module):
 
     def project_memory(self, source: Tensor) -> Memory:
         """Cross-attention keys and values of every layer for a condition (B, M, dim)."""
-        return [
+        dtype = attention_dtype(source.device, source.dtype)
+        projected = (
             cast("TransformerLayer", layer).cross_attention.project_memory(source)
             for layer in self.layers
-        ]
+        )
+        return [(keys.to(dtype), values.to(dtype)) for keys, values in projected]
 
     def forward(
         self, x: Tensor, memory: Memory | Tensor | None = None, cache: KVCache | None = None
@@ -234,6 +275,15 @@ class Transformer(nn.Module):
         steps = x.shape[1]
         positions = torch.arange(start, start + steps, device=x.device)
         x = x + sin_embedding(positions, x.shape[-1])  # float32 from here on
+        if cache is not None and steps == 1 and x.device.type == "cpu":
+            assert not isinstance(memory, Tensor), "a cache goes with projected memory"
+            # Adapters in training are no plain weights.
+            if cache.step is None and not any(map(is_parametrized, self.modules())):
+                cache.step = CpuStep(self, memory)
+            if cache.step is not None:
+                x = cache.step(x, cache)
+                cache.length += 1
+                return x
         again = self.checkpointing and torch.is_grad_enabled()
         for index, layer in enumerate(self.layers):
             own = memory if memory is None or isinstance(memory, Tensor) else memory[index]

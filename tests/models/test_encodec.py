@@ -47,31 +47,6 @@ def test_encodec(case):
     torch.testing.assert_close(result.bandwidth, DATA[f"{case}.bandwidth"])
 
 
-@pytest.mark.parametrize("case", ["len0", "reflect", "causal"])
-@pytest.mark.parametrize("frames", [500, 501, 515, 1000, 1203])
-@torch.no_grad()
-def test_long_audio_is_decoded_in_chunks_that_nobody_hears(case, frames, monkeypatch):
-    model = codec(case)
-    codes = torch.randint(32, (1, 4, frames), generator=torch.Generator().manual_seed(frames))
-    chunked = model.decode(codes)
-    monkeypatch.setattr("audiocraft.modules.seanet._CHUNK_FRAMES", frames)
-    whole = model.decode(codes)
-    assert whole.shape == (1, 1, frames * 640)
-    torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-6)
-
-
-@torch.no_grad()
-def test_a_sample_depends_on_few_frames():
-    """Which is why chunks with a context of 16 frames equal the whole."""
-    decoder = codec().decoder
-    hidden = torch.zeros(1, 64, 101)
-    quiet = decoder.model[decoder.num_frame_layers :](hidden)
-    hidden[..., 50] = 1
-    touched = (decoder.model[decoder.num_frame_layers :](hidden) - quiet).abs()[0, 0].nonzero()
-    assert touched.min() > 47 * 640
-    assert touched.max() < 54 * 640
-
-
 def test_rates():
     model = codec()
     assert (model.frame_rate, model.sample_rate, model.channels) == (50, 32000, 1)

@@ -1,0 +1,354 @@
+"""Decoding steps on a GPU by a few kernels each, all of them in one CUDA graph.
+
+A graph replays kernels on the memory that they were recorded with, so buffers and graphs stay from
+one request to the next. Those of the last size are kept; they go with the model's weights.
+"""
+
+import logging
+import os
+import time
+import weakref
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Final, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from audiocraft.generation.sampling import RowNoise, SamplingParams
+from audiocraft.generation.weights import Weights, collect
+from audiocraft.modules.transformer import KVCache, Memory, Norm, Transformer
+
+if TYPE_CHECKING:
+    from audiocraft.generation.step import Buffers, Choice, Size
+
+logger = logging.getLogger(__name__)
+
+_MIN_CAPABILITY: Final = (7, 5)
+_MIN_CAPABILITY_BFLOAT16: Final = (8, 0)
+# What the kernels take as one block; the largest release has 64 and 8192.
+_MAX_HEAD_DIM: Final = 256
+_MAX_WIDTH: Final = 16384
+
+
+class Model(Protocol):
+    """What the kernels need of a language model."""
+
+    emb: nn.ModuleList
+    transformer: Transformer
+    out_norm: Norm
+    linears: nn.ModuleList
+
+
+class State(Protocol):
+    """What they need of a decoding state that has not been fed yet.
+
+    Attributes:
+        cache: None; it will be one that the kernels read as well.
+        memory: cross-attention keys and values, if there are any; they are copied.
+        positions: most positions of self-attention.
+    """
+
+    cache: KVCache | None
+    memory: Memory | None
+    positions: int
+
+
+class _Rows(KVCache):
+    """Rows of a cache that lies elsewhere."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values, self.length = keys, values, 0
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Buffers and graphs for the requests to come.
+
+    Attributes:
+        owner: a part of the model; they go when it goes.
+        addresses: of the weights that the graphs read.
+        size: what the buffers have room for.
+        buffers: of a step.
+        graphs: of a step, by how its tokens are chosen; None where none is wanted.
+    """
+
+    owner: weakref.ref[nn.Module]
+    addresses: tuple[tuple[int, torch.dtype], ...]
+    size: "Size"
+    buffers: "Buffers"
+    graphs: dict["Choice", torch.cuda.CUDAGraph | None] = field(default_factory=dict)
+
+
+@dataclass
+class _Process:
+    """What this process remembers from one request to the next.
+
+    Attributes:
+        kept: of the last request.
+        failure: why the kernels do not run here, once they have failed.
+        warned: whether that they are not used has been said.
+    """
+
+    kept: _Kept | None = None
+    failure: str | None = None
+    warned: bool = False
+
+    def forget(self, owner: weakref.ref[nn.Module]) -> None:
+        """Let go of what belongs to a model that is no more."""
+        if self.kept is not None and self.kept.owner is owner:
+            self.kept = None
+
+
+@cache
+def _process() -> _Process:
+    return _Process()
+
+
+def graphs_wanted() -> bool:
+    """False with `NO_CUDA_GRAPH=1`, which launches the same kernels one by one."""
+    return os.environ.get("NO_CUDA_GRAPH") != "1"
+
+
+def fused_decoder(
+    model: Model,
+    states: Sequence[State],
+    branches: int,
+    steps: int,
+    params: SamplingParams,
+    batch: int,
+) -> "FusedDecoder | None":
+    """A decoder for a request, or None where the device or the model is not one for the kernels.
+
+    On a GPU one warning says why not. Under Triton's interpreter (`TRITON_INTERPRET=1`) the kernels
+    run on the CPU as well, slowly.
+
+    Args:
+        model: the language model.
+        states: fresh decoding states, together with `branches * batch` rows; their caches become
+            the decoder's.
+        branches: of guidance.
+        steps: of the pattern.
+        params: how tokens are chosen.
+        batch: rows of the result.
+
+    Raises:
+        torch.OutOfMemoryError: there is no room for the cache.
+    """
+    device = model.out_norm.weight.device
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return None
+    process = _process()
+    reason = process.failure or _unsupported(model, device)
+    if reason is None:
+        try:
+            with _on(device):
+                return _prepare(process, model, states, branches, steps, params, batch)
+        except torch.OutOfMemoryError:
+            process.kept = None
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, the request does without
+            process.kept = None
+            reason = process.failure = " ".join(f"{type(error).__name__}: {error}".split())
+    if not process.warned:
+        process.warned = True
+        logger.warning(
+            "Music is generated without the GPU's kernels and graphs, several times slower, "
+            "because of this: %s",
+            reason,
+        )
+    return None
+
+
+def _unsupported(model: Model, device: torch.device) -> str | None:
+    """Why the kernels cannot take a model on a device, if so."""
+    try:
+        import triton  # type: ignore[import-untyped]  # noqa: F401
+    except ImportError:
+        return "Triton is not installed."
+    config = model.transformer.config
+    modules = (model.emb, model.transformer, model.out_norm, model.linears)
+    weights = [weight for module in modules for weight in module.parameters()]
+    dtypes = {weight.dtype for weight in weights}
+    parts = (part for module in modules for part in module.modules())
+    if any(type(weight) is not nn.Parameter for weight in weights) or any(
+        map(is_parametrized, parts)
+    ):
+        return "The model is being trained."
+    if len(dtypes) != 1 or not dtypes <= {torch.float16, torch.bfloat16, torch.float32}:
+        return f"The model's weights are {', '.join(sorted(map(str, dtypes)))}."
+    if not all(weight.is_contiguous() and weight.data_ptr() % 16 == 0 for weight in weights):
+        return "The model's weights do not lie in memory as the kernels read them."
+    head_dim, width = config.dim // config.num_heads, config.dim * config.hidden_scale
+    if head_dim > _MAX_HEAD_DIM or width > _MAX_WIDTH:
+        return (
+            f"The model has heads of {head_dim} and layers of {width}, the kernels take up to "
+            f"{_MAX_HEAD_DIM} and {_MAX_WIDTH}."
+        )
+    return _too_old(device, torch.bfloat16 in dtypes) if device.type == "cuda" else None
+
+
+def _too_old(device: torch.device, bfloat16: bool) -> str | None:
+    """Why a GPU cannot run the kernels, if so."""
+    needed = _MIN_CAPABILITY_BFLOAT16 if bfloat16 else _MIN_CAPABILITY
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= needed:
+        return None
+    have, least = (".".join(map(str, version)) for version in (capability, needed))
+    return f"The GPU has compute capability {have}, {least} is needed."
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _prepare(
+    process: _Process,
+    model: Model,
+    states: Sequence[State],
+    branches: int,
+    steps: int,
+    params: SamplingParams,
+    batch: int,
+) -> "FusedDecoder":
+    from audiocraft.generation.step import Size, allocate
+
+    device = model.out_norm.weight.device
+    weights = collect(model.emb, model.transformer, model.out_norm, model.linears)
+    addresses = tuple((tensor.data_ptr(), tensor.dtype) for tensor in weights.tensors())
+    memories = [state.memory[0][0].shape[2] for state in states if state.memory is not None]
+    positions = max(state.positions for state in states)
+    size = Size(batch, branches, steps, positions, max(memories, default=0))
+    kept = process.kept
+    if kept is None or kept.addresses != addresses or not kept.size.covers(size):
+        kept = process.kept = None  # so that its memory is free for what takes its place
+        size = size.rounded()
+        owner = weakref.ref[nn.Module](model.out_norm, process.forget)
+        with torch.inference_mode(False):  # later requests may come outside of it
+            buffers = allocate(weights, size, device)
+        kept = process.kept = _Kept(owner, addresses, size, buffers)
+    choice: Choice = "top_k"
+    if params.greedy:
+        choice = "greedy"
+    elif params.top_p > 0:
+        choice = "top_p"
+    if device.type == "cuda" and kept.graphs.get(choice) is None:
+        kept.graphs[choice] = _make_ready(weights, kept.buffers, choice)
+    decoder = FusedDecoder(weights, kept, choice)
+    decoder.lend_caches(states)
+    return decoder
+
+
+def _make_ready(
+    weights: Weights, buffers: "Buffers", choice: "Choice"
+) -> torch.cuda.CUDAGraph | None:
+    """Compile and load the kernels, and record a step of them if a graph is wanted."""
+    from audiocraft.generation.step import reset, run_step
+
+    begin = time.perf_counter()
+    reset(buffers)
+    # Not on the stream of everything else, as torch asks of what is to be recorded.
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run_step(weights, buffers, choice)
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    compiled = time.perf_counter()
+    graph = None
+    if graphs_wanted():
+        graph = torch.cuda.CUDAGraph()
+        # Of this thread alone: what others ask of the GPU meanwhile does no harm.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            run_step(weights, buffers, choice)
+    logger.info(
+        "Made the GPU ready for %d rows: kernels in %.2f s, graph in %.2f s.",
+        len(buffers.x),
+        compiled - begin,
+        time.perf_counter() - compiled,
+    )
+    return graph
+
+
+class FusedDecoder:
+    """The steps of one request behind its prefill.
+
+    Args:
+        weights: of the language model; held no longer than the request.
+        kept: buffers and graphs.
+        choice: how tokens are chosen.
+    """
+
+    def __init__(self, weights: Weights, kept: _Kept, choice: "Choice") -> None:
+        self._weights = weights
+        self._buffers = kept.buffers
+        self._graph = kept.graphs.get(choice) if graphs_wanted() else None
+        self._choice = choice
+        self._device = self._buffers.x.device
+
+    def lend_caches(self, states: Sequence[State]) -> None:
+        """Let the prefill of decoding states write where the steps will read.
+
+        Cross-attention keys and values are copied, to where a graph finds them.
+        """
+        buffers = self._buffers
+        rows = len(buffers.x) // len(states)
+        for index, state in enumerate(states):
+            mine = slice(index * rows, (index + 1) * rows)
+            state.cache = _Rows(buffers.keys[:, mine], buffers.values[:, mine])
+            for layer, (keys, values) in enumerate(state.memory or ()):
+                length = keys.shape[2]
+                buffers.memory_keys[layer, mine, :, :length] = keys
+                buffers.memory_values[layer, mine, :, :length] = values
+                buffers.lengths[mine] = length
+
+    def begin(
+        self,
+        states: Sequence[State],
+        sequence: Tensor,
+        step: int,
+        coefs: tuple[float, float],
+        params: SamplingParams,
+    ) -> None:
+        """Go on behind a prefill.
+
+        Args:
+            states: those that were given caches, fed up to `step`.
+            sequence: tokens [B, K, S] in their pattern, -1 where they are to be found.
+            step: the one that is to be found next.
+            coefs: weight of the condition, and of the text against the melody.
+            params: how tokens are chosen.
+        """
+        buffers = self._buffers
+        rows = len(buffers.x) // len(states)
+        for index, state in enumerate(states):
+            assert state.cache is not None
+            # The cache holds the prefix and all steps but the last, which comes next.
+            first = state.cache.length - (step - 1)
+            buffers.offsets[index * rows : (index + 1) * rows] = first - 1
+            state.memory = None
+        buffers.sequence[..., : sequence.shape[-1]] = sequence
+        buffers.next_step.fill_(step)
+        settings = torch.tensor([*coefs, params.temp, params.top_p], dtype=torch.float32)
+        buffers.settings.copy_(settings)
+        card = self._weights.card
+        buffers.top_k.fill_(min(params.top_k, card) or card)
+
+    def step(self, noise: RowNoise) -> None:
+        """Queue the next step."""
+        from audiocraft.generation.step import run_step
+
+        with _on(self._device):
+            if self._choice != "greedy":
+                noise.draw(self._buffers.noise)
+            if self._graph is None:
+                run_step(self._weights, self._buffers, self._choice)
+            else:
+                self._graph.replay()
+
+    def tokens(self, steps: int) -> Tensor:
+        """The first steps of the sequence, [B, K, S]."""
+        return self._buffers.sequence[..., :steps].clone()

@@ -1,0 +1,228 @@
+"""Long audio through the codec: in bounded memory, and equal to the whole."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from audiocraft.data.audio import audio_read
+from audiocraft.data.audio_utils import convert_audio
+from audiocraft.errors import InputError
+from audiocraft.models.encodec import InterleaveStereoCompressionModel
+from audiocraft.modules import seanet
+from tests.models.test_encodec import codec
+from tests.modules.test_streaming import draws
+from tests.project import ROOT
+
+AUDIO = {"rtol": 0, "atol": 1e-5}
+CASES = ["len0", "reflect", "causal", "renorm", "nq2"]
+
+
+@pytest.fixture(scope="module")
+def song():
+    """Real music, 8 seconds of stereo at 32 kHz, that ends within a frame."""
+    wav, rate = audio_read(ROOT / "tests/audio/real_song.ogg")
+    return convert_audio(wav, rate, 32000, 2)[None, ..., :-123]
+
+
+@pytest.fixture
+def whole(monkeypatch):
+    """Compute in one piece from now on."""
+    return lambda: monkeypatch.setattr(seanet, "_PIECE_FRAMES", 10**9)
+
+
+def tiny_codes(frames, rows=1, books=4):
+    return torch.randint(32, (rows, books, frames), generator=torch.Generator().manual_seed(frames))
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_codes_of_music_are_those_of_the_whole(case, song, whole):
+    model, wav = codec(case), song[:, :1]
+    codes, scale = model.encode(wav)
+    latent = model.encoder(wav)
+    whole()
+    assert torch.equal(codes, model.encode(wav)[0])
+    torch.testing.assert_close(latent, model.encoder(wav), **AUDIO)
+    if scale is not None:
+        assert torch.equal(scale, model.encode(wav)[1])
+
+
+@pytest.mark.parametrize("case", ["len0", "reflect"])
+@pytest.mark.parametrize("frames", [101, 499, 500, 501, 1000, 1003])
+@torch.no_grad()
+def test_any_length_is_encoded_as_the_whole(case, frames, song, whole):
+    model = codec(case)
+    wav = song.reshape(1, 1, -1).repeat(1, 1, 2)[..., : frames * 640 - 77]
+    codes, _ = model.encode(wav)
+    assert codes.shape == (1, 4, frames)
+    whole()
+    assert torch.equal(codes, model.encode(wav)[0])
+
+
+@pytest.mark.parametrize("per_timestep", [False, True])
+@pytest.mark.parametrize("case", ["len0", "renorm"])
+@torch.no_grad()
+def test_stereo(per_timestep, case, song, whole):
+    model = InterleaveStereoCompressionModel(codec(case), per_timestep)
+    wav = torch.cat([song, song.flip(1) * 0.3])
+    codes, scale = model.encode(wav)
+    audio = model.decode(codes, scale)
+    assert (scale is not None) == (case == "renorm")
+    whole()
+    assert torch.equal(codes, model.encode(wav)[0])
+    torch.testing.assert_close(audio, model.decode(codes, scale), **AUDIO)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("frames", [101, 500, 501, 515, 1203])
+@torch.no_grad()
+def test_decoded_audio_is_that_of_the_whole(case, frames, whole):
+    model, codes = codec(case), tiny_codes(frames)
+    scale = torch.tensor([[0.5]]) if case == "renorm" else None
+    audio = model.decode(codes, scale)
+    assert audio.shape == (1, 1, frames * 640)
+    whole()
+    torch.testing.assert_close(audio, model.decode(codes, scale), **AUDIO)
+
+
+def test_codes_need_no_gradient(song):
+    """So that tools which forget `no_grad` encode minutes all the same."""
+    model = codec("renorm")
+    codes, scale = model.encode(song[:, :1].requires_grad_())
+    assert codes.dtype == torch.long
+    assert scale.requires_grad
+
+
+@pytest.mark.parametrize("case", ["len0", "reflect", "causal", "renorm"])
+@pytest.mark.parametrize("stereo", ["mono", "per_codebook", "per_timestep"])
+def test_streamed_pieces_are_what_decode_gives(case, stereo):
+    rng, model = draws(), codec(case)
+    if stereo != "mono":
+        model = InterleaveStereoCompressionModel(model, per_timestep=stereo == "per_timestep")
+    half = 2 if stereo == "per_timestep" else 1
+    for frames in (1, 2, 5, 30, 60):
+        codes = tiny_codes(frames * half, 2, model.num_codebooks)
+        scale = torch.rand(2, model.channels) if case == "renorm" else None
+        expected = model.decode(codes, scale).detach()
+        for sizes in ([1], [frames * half], [1, 2, 7, 60], [0, 3]):
+            decoder, pieces, start = model.stream(scale), [], 0
+            while start < codes.shape[-1]:
+                size = rng.choice(sizes)
+                pieces.append(decoder.push(codes[..., start : start + size]))
+                start += size
+            pieces.append(decoder.flush())
+            assert not pieces[-1].requires_grad
+            torch.testing.assert_close(torch.cat(pieces, dim=-1), expected, **AUDIO)
+
+
+def test_a_streaming_decoder_waits_for_few_frames():
+    """Audio is given but for what the next frames change."""
+    decoder = codec().stream()
+    given = [decoder.push(tiny_codes(1)).shape[-1] for _ in range(30)]
+    assert max(given) == 640
+    assert sum(given) > 24 * 640
+    assert given[-1] == 640
+
+
+def test_the_last_codes_may_end_the_clip():
+    model, codes = codec(), tiny_codes(30)
+    decoder = model.stream()
+    pieces = [decoder.push(codes[..., :10]), decoder.push(codes[..., 10:], last=True)]
+    torch.testing.assert_close(torch.cat(pieces, dim=-1), model.decode(codes), **AUDIO)
+
+
+def test_no_codes_are_no_audio():
+    with pytest.raises(InputError, match="no audio without codes"):
+        codec().stream().flush()
+
+
+@torch.no_grad()
+def test_long_work_reports_itself(caplog, monkeypatch, song):
+    for name in ("_QUIET_ENCODING_S", "_QUIET_DECODING_S"):
+        monkeypatch.setattr(f"audiocraft.models.encodec.{name}", 0.0)
+    caplog.set_level(logging.INFO)
+    model = codec()
+    model.decode(tiny_codes(1203))
+    wav = song.reshape(1, 1, -1)
+    model.encode(wav)
+    assert [record.message.partition(" frames,")[0] for record in caplog.records] == [
+        "decoding:  41 %, 496 of 1203",
+        "decoding:  82 %, 996 of 1203",
+        "decoding: 100 %, 1203 of 1203",
+        "encoding audio:  62 %, 496 of 800",
+        "encoding audio: 100 %, 800 of 800",
+    ]
+
+
+# Anonymous memory that encoding and decoding take at most, beyond what was there, in MB.
+MEASURE = """
+import json, sys, threading, time
+import torch
+from audiocraft.models.encodec import EncodecModel, InterleaveStereoCompressionModel
+from audiocraft.modules.seanet import SEANetConfig
+from audiocraft.quantization.vq import ResidualVectorQuantizer
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) / 1000 for line in status if line.startswith("RssAnon"))
+
+def peak(work):
+    before, most, done = anonymous(), [0.0], threading.Event()
+    def watch():
+        while not done.is_set():
+            most[0] = max(most[0], anonymous())
+            time.sleep(0.002)
+    thread = threading.Thread(target=watch)
+    thread.start()
+    result = work()
+    done.set()
+    thread.join()
+    return most[0] - before, result
+
+torch.set_num_threads(1)
+filters, seconds = int(sys.argv[1]), int(sys.argv[2])
+quantizer = ResidualVectorQuantizer(128, 4, 2048)
+mono = EncodecModel(SEANetConfig(n_filters=filters), quantizer, 32000)
+codec = InterleaveStereoCompressionModel(mono).eval().requires_grad_(False)
+codec.decode(codec.encode(torch.randn(1, 2, 32000))[0])
+wav = torch.rand(1, 2, seconds * 32000)
+encoding, (codes, _) = peak(lambda: codec.encode(wav))
+decoding, audio = peak(lambda: codec.decode(codes))
+assert audio.shape == wav.shape
+print(json.dumps([encoding, decoding]))
+"""
+
+
+def peak_mb(filters, seconds):
+    """Encoding and decoding of stereo, in a process of its own."""
+    command = [sys.executable, "-c", MEASURE, str(filters), str(seconds)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def test_memory_is_bounded():
+    """As a whole the outermost layer alone has 82 MB, several times."""
+    encoding, decoding = peak_mb(8, 40)
+    audio = 40 * 32000 * 2 * 4 / 1e6
+    assert encoding < 120
+    assert decoding < audio + 120
+
+
+@pytest.mark.slow
+def test_ten_minutes_take_no_more_than_one():
+    encoding, decoding = peak_mb(8, 600)
+    audio = 600 * 32000 * 2 * 4 / 1e6
+    assert encoding < 120
+    assert decoding < audio + 120
+
+
+@pytest.mark.slow
+def test_memory_is_bounded_at_the_published_size():
+    encoding, decoding = peak_mb(64, 40)
+    audio = 40 * 32000 * 2 * 4 / 1e6
+    assert encoding < 400
+    assert decoding < audio + 400

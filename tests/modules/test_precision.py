@@ -1,0 +1,83 @@
+import pytest
+import torch
+
+from audiocraft.errors import InputError
+from audiocraft.models import MusicGen
+from audiocraft.modules.linear import int8_supported
+from audiocraft.modules.precision import int8_bytes, offered_precisions
+from tests.models.test_lm import STATES, descriptions, lm, melodies
+
+CPU = torch.device("cpu")
+needs_int8 = pytest.mark.skipif(not int8_supported(), reason="this CPU's torch has no int8 kernels")
+
+
+def conditions(kind):
+    return melodies() if kind == "melody" else descriptions(STATES[kind])
+
+
+def test_float32_is_the_cpus_default():
+    assert offered_precisions(CPU)[0] == "float32"
+    assert MusicGen.get_pretrained("tiny", device="cpu").lm.precision == "float32"
+
+
+@pytest.mark.parametrize("precision", ["float16", "fp8"])
+def test_what_a_device_does_not_offer(precision):
+    with pytest.raises(InputError, match=f"^precision is {precision}, cpu offers float32, .*"):
+        MusicGen.get_pretrained("tiny", device="cpu", precision=precision)
+
+
+@needs_int8
+@pytest.mark.parametrize("kind", STATES)
+@torch.no_grad()
+def test_int8_logits_are_close(kind):
+    """Of narrow random layers, whose rounding errors average out less than in a real width."""
+    exact, ours = lm(STATES[kind]), lm(STATES[kind])
+    ours.set_precision("int8")
+    codes = torch.arange(3 * exact.num_codebooks * 17).view(3, -1, 17) % exact.card
+    expected, logits = exact(codes, conditions(kind)), ours(codes, conditions(kind))
+    assert not torch.equal(logits, expected)
+    assert (logits - expected).std() < 0.05 * expected.std()
+
+
+@needs_int8
+def test_int8_replaces_every_projection():
+    model = lm("lm_tiny_text_mono")
+    dim, layers = model.dim, model.config.num_layers
+    # Attention has four matrices, twice; the feed-forward layers have eight together.
+    projections = layers * 16 * dim * dim + model.num_codebooks * model.card * dim
+    norms_and_embeddings = sum(
+        weight.numel()
+        for name, weight in model.named_parameters()
+        if "emb" in name or "norm" in name
+    )
+    text = sum(weight.numel() for weight in model.condition_provider.parameters())
+    model.set_precision("int8")
+    left = sum(weight.numel() for weight in model.parameters())
+    assert left == norms_and_embeddings + text
+    assert int8_bytes(model) == projections
+    assert model.precision == "int8"
+
+
+@needs_int8
+@pytest.mark.parametrize("kind", STATES)
+def test_int8_rows_do_not_depend_on_each_other(kind):
+    model, items = lm(STATES[kind]), conditions(kind)
+    model.set_precision("int8")
+    prompts = torch.arange(3 * model.num_codebooks * 5).view(3, -1, 5) % model.card
+    first = model.generate(prompts, items, max_gen_len=20, use_sampling=False)
+    prompts[1:] = prompts[1:].flip(-1)
+    second = model.generate(prompts, items, max_gen_len=20, use_sampling=False)
+    assert torch.equal(first[0], second[0])
+    assert not torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize("precision", [p for p in offered_precisions(CPU) if p != "float32"])
+@pytest.mark.parametrize("version", ["tiny"])
+def test_music_in_fewer_bits(version, precision):
+    model = MusicGen.get_pretrained(version, device="cpu", precision=precision)
+    assert model.lm.precision == precision
+    model.set_generation_params(duration=1, seed=1)
+    wav = model.generate(["90 bpm piano in C minor"])
+    assert wav.dtype == torch.float32
+    assert wav.std() > 0.01
+    assert torch.equal(wav, model.generate(["90 bpm piano in C minor"]))
