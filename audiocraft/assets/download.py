@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final, NoReturn, Protocol, TypeVar
 
 from audiocraft.assets import exchange
-from audiocraft.assets.exchange import Answer, CutError, ask, pause, show_url
+from audiocraft.assets.exchange import Answer, CutError, ask, pause
 from audiocraft.assets.parts import Part, open_part, writing
 from audiocraft.assets.remote import (
     Received,
@@ -22,6 +22,7 @@ from audiocraft.assets.remote import (
     Validators,
     parse_date,
     refusal,
+    show_url,
 )
 from audiocraft.errors import AssetError, DownloadError, UnreachableError
 from audiocraft.progress import ProgressLog

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
+from audiocraft.assets.remote import show_url
 from audiocraft.errors import AssetError, InputError
 
 POLL_S: Final = 0.1
@@ -49,12 +50,6 @@ class CutError(Exception):
         self.reason = reason
         self.answered = answered
         self.wait = wait
-
-
-def show_url(url: str) -> str:
-    """Scheme, host and path: a query or a password may be a secret and is never shown."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def check_url(url: str) -> None:

@@ -16,7 +16,7 @@ from typing import BinaryIO, Final
 from urllib.parse import unquote_to_bytes
 
 from audiocraft.assets.download import check_space, show_size, transfer
-from audiocraft.assets.exchange import check_url, show_url
+from audiocraft.assets.exchange import check_url
 from audiocraft.assets.parts import (
     Part,
     is_at,
@@ -26,7 +26,7 @@ from audiocraft.assets.parts import (
     write_json,
     writing,
 )
-from audiocraft.assets.remote import Remote, Validators
+from audiocraft.assets.remote import Remote, Validators, show_url
 from audiocraft.assets.store import store_dir
 from audiocraft.errors import AssetError, InputError
 

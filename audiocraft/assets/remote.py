@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Final, Literal, Self
+from urllib.parse import urlsplit
 
-from audiocraft.assets.exchange import show_url
 from audiocraft.errors import DownloadError
 
 _OLD_ENOUGH_S: Final = 2.0
@@ -18,6 +18,12 @@ _MEANING: Final = {
     404: "there is no such file",
     410: "the file is gone",
 }
+
+
+def show_url(url: str) -> str:
+    """Scheme, host and path: a query or a password may be a secret and is never shown."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def refusal(what: str, host: str, status: int) -> DownloadError:

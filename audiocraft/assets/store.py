@@ -6,13 +6,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
-from audiocraft.assets.download import download, probe
-from audiocraft.assets.exchange import Answer, show_url
-from audiocraft.assets.remote import Digest, Remote
+from audiocraft.assets.remote import Digest, Remote, show_url
 from audiocraft.errors import AssetError, DownloadError, UnreachableError
+
+if TYPE_CHECKING:
+    from audiocraft.assets.exchange import Answer
 
 BUNDLED = Path(__file__).parent
 """Assets that come with the package."""
@@ -35,6 +36,7 @@ PARTS: Final = {
     "t5-base": ("google-t5/t5-base", ("config.json", "model.safetensors", "tokenizer.json")),
     "encodec_32khz": ("facebook/encodec_32khz", ("config.json", "model.safetensors")),
     "htdemucs": ("adefossez/HTDemucs", ("htdemucs.yaml",)),  # which names the others
+    "mbd": ("facebook/multiband-diffusion", ("mbd_musicgen_32khz.th",)),
 }
 """What versions share, by name: hub repository, and its files that lie in one folder."""
 
@@ -186,6 +188,8 @@ def plain_file(url: str, folder: Path, name: str | None) -> Remote:
     Raises:
         AssetError: there is no such file, or no network.
     """
+    from audiocraft.assets.download import probe
+
     remote = Remote(url, url.rpartition("/")[2])
     with _explained(remote, folder, name):
         headers = probe(remote)
@@ -204,6 +208,8 @@ def fetch_remote(remote: Remote, target: Path, name: str | None) -> Path:
     Raises:
         AssetError: it cannot be had.
     """
+    from audiocraft.assets.download import download
+
     with _explained(remote, target.parent, name):
         return download(remote, target, keep_partial=True)
 
@@ -233,6 +239,8 @@ def _look_up(
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
+    from audiocraft.assets.download import probe
+
     _check_repo_id(repo_id)
     remote = Remote(hf_hub_url(repo_id, filename), f"{filename} of {repo_id}", build_hf_headers())
     wanted = replace(remote, what=f"{alternatives or filename} of {repo_id}")
@@ -254,7 +262,7 @@ def _look_up(
     )
 
 
-def _within_hub(answer: Answer, target: str) -> bool:
+def _within_hub(answer: "Answer", target: str) -> bool:
     """Follow a repository that was renamed, but not a file to where its bytes are."""
     same_host = urlsplit(answer.url).netloc == urlsplit(target).netloc
     return same_host and "X-Linked-Etag" not in answer.headers

@@ -1,10 +1,11 @@
-"""The models: `MusicGen` and its codec."""
+"""The models: `MusicGen`, its codec, and `MultiBandDiffusion`, another decoder of its codes."""
 
 from audiocraft.models.encodec import CompressionModel, EncodecModel
 from audiocraft.models.lm import LMModel
+from audiocraft.models.multibanddiffusion import MultiBandDiffusion
 from audiocraft.models.musicgen import MusicGen
 
-__all__ = ["CompressionModel", "EncodecModel", "LMModel", "MusicGen"]
+__all__ = ["CompressionModel", "EncodecModel", "LMModel", "MultiBandDiffusion", "MusicGen"]
 
 _NOT_HERE = {"AudioGen", "MAGNeT", "JASCO"}
 

@@ -12,8 +12,16 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from audiocraft.assets.store import PARTS, fetch
 from audiocraft.errors import InputError
-from audiocraft.models.finetunes import FineTune, check_base, load_full, merge_adapter, sharing_copy
+from audiocraft.models.finetunes import (
+    FineTune,
+    check_base,
+    load_full,
+    load_merged,
+    merge_adapter,
+    sharing_copy,
+)
 from audiocraft.models.loaders import (
     CODEC_FILE,
     LM_FILE,
@@ -22,15 +30,22 @@ from audiocraft.models.loaders import (
     read_checkpoint,
     text_encoder_of,
 )
+from audiocraft.models.multibanddiffusion import (
+    DiffusionProcess,
+    MultiBandDiffusion,
+    load_diffusion_models,
+)
 from audiocraft.models.musicgen import MusicGen
 from audiocraft.models.versions import VERSIONS
 from audiocraft.modules.conditioners import ChromaStemConditioner, T5Conditioner
+from audiocraft.modules.precision import check_precision, int8_bytes, weight_dtype
 from audiocraft.modules.stems import StemSeparator
+from audiocraft.modules.transformer import attention_dtype
 
 logger = logging.getLogger(__name__)
 
-# Measured on the released codec: what decoding takes beyond its weights, over their size.
-_CODEC_WORK = 5
+# Measured on the released codec, of 0.24 GB: decoding takes 0.37 GB beyond its weights.
+_CODEC_WORK = 2
 _T5_BYTES = 440_000_000  # the encoder of t5-base, in float32
 _CODEC_BYTES = 240_000_000
 # Measured on htdemucs with 30 s of stereo.
@@ -89,13 +104,25 @@ class ModelCache:
     Args:
         device: where they run; the GPU if there is one.
         budget: most bytes that they may take together; what the device has, if not given.
+        precision: of the language models; the device's default, if not given or empty.
+
+    Raises:
+        InputError: the device does not offer the precision.
     """
 
-    def __init__(self, device: torch.device | None = None, budget: int | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device | None = None,
+        budget: int | None = None,
+        precision: str | None = None,
+    ) -> None:
         default = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(default) if device is None else device
         self._budget = budget
+        self._precision = check_precision(precision, self.device)
+        self._dtype = weight_dtype(self._precision)
         self._models: dict[tuple[str, str | None], MusicGen] = {}  # the last used stands last
+        self._bands: list[DiffusionProcess] | None = None
 
     def get(self, selection: Selection) -> MusicGen:
         """The model of a selection.
@@ -110,21 +137,52 @@ class ModelCache:
             begin = time.perf_counter()
             model = self._load(selection)
             elapsed = time.perf_counter() - begin
-            logger.info("Loaded %s on %s in %.1f s.", selection.label, self.device, elapsed)
+            logger.info(
+                "Loaded %s, %s on %s, in %.1f s.",
+                selection.label.rstrip(","),
+                self._precision,
+                self.device,
+                elapsed,
+            )
         self._models[selection.key] = model
         return model
 
-    def make_room(self, model: MusicGen, duration: float, melody: bool) -> None:
+    def diffusion(self, model: MusicGen) -> MultiBandDiffusion:
+        """The diffusion that decodes a model's codes, fetched and loaded when first asked for.
+
+        Raises:
+            InputError: it was made for another codec, or does not fit the device.
+            WeightsError: its file is not a MultiBand Diffusion.
+            AssetError: it cannot be fetched.
+        """
+        if self._bands is None:
+            repo_id, (filename,) = PARTS["mbd"]
+            path = fetch(repo_id, filename)  # of float32
+            self._require("multi_band_diffusion", _size(path) * self._dtype.itemsize // 4, model)
+            self._bands = load_diffusion_models(path, self.device)
+        return MultiBandDiffusion(self._bands, model.compression_model)
+
+    def make_room(
+        self,
+        model: MusicGen,
+        duration: float,
+        melody: bool,
+        diffusion: MultiBandDiffusion | None = None,
+    ) -> None:
         """Evict other models as far as a request needs what they take.
 
         Args:
             model: the one that will work.
             duration: seconds of the result.
             melody: whether stems will be separated.
+            diffusion: what will decode, if not the codec alone.
+
+        Raises:
+            InputError: the diffusion does not fit.
         """
         config = model.lm.config
         steps = min(duration, model.max_duration) * model.frame_rate + _PREFIX_POSITIONS
-        item = model.lm.out_norm.weight.element_size()
+        item = attention_dtype(self.device, self._dtype).itemsize
         cache = 2 * config.num_layers * 2 * steps * config.dim * item  # guidance has two rows
         audio = 4 * 4 * duration * model.sample_rate * model.audio_channels
         codec = _CODEC_WORK * sum(_bytes(model.compression_model.parameters()).values())
@@ -132,10 +190,16 @@ class ModelCache:
         conditioners = model.lm.condition_provider.conditioners.values()
         if melody and any(getattr(conditioner, "separates", False) for conditioner in conditioners):
             need += _SEPARATOR_BYTES
-        self._evict_until(int(need), keep=model)
+        frames = int(duration * model.frame_rate)
+        if diffusion is not None:
+            need += diffusion.memory(frames)
+        self._evict_until(int(need), keep=model, keep_bands=diffusion is not None)
+        if diffusion is not None:
+            diffusion.check_memory(frames, self._free())
 
     def evict_others(self, model: MusicGen) -> None:
-        """Evict all models but one."""
+        """Evict all but one model."""
+        self._bands = None
         self._models = {key: kept for key, kept in self._models.items() if kept is model}
         self._give_back()
 
@@ -145,27 +209,33 @@ class ModelCache:
         storages: dict[int, int] = {}
         for model in self._models.values():
             storages |= _bytes(_tensors(model))
-        return sum(storages.values())
+        for band in self._bands or ():
+            storages |= _bytes(band.model.parameters())
+        packed = sum(int8_bytes(model.lm) for model in self._models.values())
+        return sum(storages.values()) + packed
 
     def _load(self, selection: Selection) -> MusicGen:
         version, tuned = selection.version, selection.tuned
-        if tuned is not None and tuned.lora is not None:
+        if tuned is not None and tuned.lora is not None and self._precision != "int8":
             return self._load_adapter(tuned)
         source = VERSIONS[version].source
         codec_file = find_file(source, CODEC_FILE)
-        weights = read_checkpoint(find_file(source, LM_FILE)) if tuned is None else tuned.checkpoint
+        if tuned is None or tuned.lora is not None:
+            weights = read_checkpoint(find_file(source, LM_FILE))
+        else:
+            weights = tuned.checkpoint
         text_encoder = text_encoder_of(codec_file)
-        size = (4 if self.device.type == "cpu" else 2) * sum(
-            tensor.numel() for tensor in weights.state.values()
-        )
+        size = self._dtype.itemsize * sum(tensor.numel() for tensor in weights.state.values())
         size += _T5_BYTES if text_encoder is None else _size(text_encoder / "model.safetensors")
         size += _CODEC_BYTES if read_checkpoint(codec_file).pretrained else _size(codec_file)
-        self._require(selection, size)
-        lm, codec = (
-            load_models(source, self.device)
-            if tuned is None
-            else load_full(tuned, version, self.device)
-        )
+        self._require(selection.label, size)
+        if tuned is None:
+            lm, codec = load_models(source, self.device, self._dtype)
+        elif tuned.lora is None:
+            lm, codec = load_full(tuned, version, self.device, self._dtype)
+        else:
+            lm, codec = load_merged(tuned, self.device, self._dtype)
+        lm.set_precision(self._precision)
         return MusicGen(version, codec, lm)
 
     def _load_adapter(self, tuned: FineTune) -> MusicGen:
@@ -188,17 +258,22 @@ class ModelCache:
         merge_adapter(lm, tuned)
         return MusicGen(tuned.base, codec, lm)
 
-    def _require(self, selection: Selection, size: int) -> None:
-        self._evict_until(size)
+    def _require(self, label: str, size: int, keep: MusicGen | None = None) -> None:
+        self._evict_until(size, keep)
         free = self._free()
         if free < size:
             raise InputError(
-                f"{selection.label} needs {size / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are "
+                f"{label} needs {size / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are "
                 f"free on {self.device}: choose a smaller model_version, or free some."
             )
 
-    def _evict_until(self, size: int, keep: MusicGen | None = None) -> None:
-        """Evict the least recently used models until there is room, or none is left."""
+    def _evict_until(
+        self, size: int, keep: MusicGen | None = None, keep_bands: bool = False
+    ) -> None:
+        """Evict the diffusion and the least recently used models until there is room."""
+        if self._free() < size and not keep_bands and self._bands is not None:
+            self._bands = None
+            self._give_back()
         for key in list(self._models):
             if self._free() >= size:
                 break

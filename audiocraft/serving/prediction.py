@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import re
 import secrets
 import tempfile
@@ -19,6 +20,7 @@ from audiocraft.assets.finetunes import FineTuneStore, StoredFile
 from audiocraft.data.audio import audio_info, audio_read, audio_write
 from audiocraft.errors import AssetError, AudiocraftError, AudioEndError, AudioFileError, InputError
 from audiocraft.models.finetunes import FineTune, read_finetune
+from audiocraft.models.multibanddiffusion import MultiBandDiffusion
 from audiocraft.models.musicgen import MusicGen
 from audiocraft.models.versions import VERSIONS
 from audiocraft.progress import ProgressLog
@@ -64,8 +66,6 @@ class PredictionRequest:
         Raises:
             InputError: naming the input, the limit and the remedy.
         """
-        if self.multi_band_diffusion:
-            raise InputError("multi_band_diffusion is not supported yet; leave it off.")
         if self.prompt is None and self.input_audio is None:
             raise InputError(
                 "There is nothing to make music from: give a prompt, an input_audio or both."
@@ -153,7 +153,7 @@ class PredictionService:
         _hide_progress_bars()
         # The same request gives the same file: no algorithm that is chosen by a race.
         torch.backends.cudnn.deterministic = True
-        self._models = models or ModelCache()
+        self._models = models or ModelCache(precision=os.environ.get("PRECISION"))
         self._files = FineTuneStore()
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._served: tuple[FineTune, str] | None = None
@@ -183,8 +183,9 @@ class PredictionService:
             if clip is not None and request.continuation:
                 _check_prompt(clip, selection)
             model = self._models.get(selection)
+        diffusion = self._models.diffusion(model) if request.multi_band_diffusion else None
         self._models.make_room(
-            model, request.duration, clip is not None and not request.continuation
+            model, request.duration, clip is not None and not request.continuation, diffusion
         )
         seed = request.seed
         if seed is None or seed == -1:
@@ -201,7 +202,7 @@ class PredictionService:
         progress = ProgressLog(logger, "steps")
         model.set_custom_progress_callback(progress.update)
         begin = time.perf_counter()
-        wav = self._generate(model, request, clip)
+        wav = self._generate(_Job(model, request, clip, diffusion, seed))
         elapsed = time.perf_counter() - begin
         logger.info("Made %d s of music in %.1f s.", request.duration, elapsed)
         path = self._write(wav, model.sample_rate, request)
@@ -216,20 +217,19 @@ class PredictionService:
             },
         )
 
-    def _generate(
-        self, model: MusicGen, request: PredictionRequest, clip: tuple[Tensor, int] | None
-    ) -> Tensor:
+    def _generate(self, job: "_Job") -> Tensor:
         """Audio [C, T] on the CPU; where memory runs out, again with no other model loaded."""
         try:
-            return _generate(model, request, clip).cpu()  # a GPU is done when its result is here
+            return job.run().cpu()  # a GPU is done when its result is here
         except torch.OutOfMemoryError:
             logger.warning("Out of memory: trying again with no other model loaded.")
-        self._models.evict_others(model)
+        self._models.evict_others(job.model)
         try:
-            return _generate(model, request, clip).cpu()
+            return job.run().cpu()
         except torch.OutOfMemoryError as error:
+            model, seconds = job.model, job.request.duration
             raise InputError(
-                f"{request.duration} s of {model.name} do not fit the memory of {model.device}: "
+                f"{seconds} s of {model.name} do not fit the memory of {model.device}: "
                 "choose a smaller model_version, or free some of it."
             ) from error
 
@@ -303,21 +303,44 @@ class PredictionService:
             self._folder = None
 
 
-def _generate(
-    model: MusicGen, request: PredictionRequest, clip: tuple[Tensor, int] | None
-) -> Tensor:
-    """Audio [C, T]."""
-    descriptions = [request.prompt]
-    if clip is None:
-        audio = model.generate(descriptions)
-    elif request.continuation:
-        wav, sample_rate = clip
-        audio = model.generate_continuation(wav[None], sample_rate, descriptions)
-    else:
-        wav, sample_rate = clip
-        audio = model.generate_with_chroma(descriptions, [wav], sample_rate)
-    assert isinstance(audio, Tensor), "return_tokens was not asked for"
-    return audio[0]
+@dataclass(frozen=True)
+class _Job:
+    """All that a result is made from.
+
+    Attributes:
+        model: with its settings made.
+        request: checked.
+        clip: the part of `input_audio` that is used, [C, T], and its sample rate.
+        diffusion: what decodes, if not the codec alone.
+        seed: of the result.
+    """
+
+    model: MusicGen
+    request: PredictionRequest
+    clip: tuple[Tensor, int] | None
+    diffusion: MultiBandDiffusion | None
+    seed: int
+
+    def run(self) -> Tensor:
+        """Audio [C, T]."""
+        model, descriptions = self.model, [self.request.prompt]
+        if self.clip is None:
+            audio, tokens = model.generate(descriptions, return_tokens=True)
+        elif self.request.continuation:
+            wav, sample_rate = self.clip
+            audio, tokens = model.generate_continuation(
+                wav[None], sample_rate, descriptions, return_tokens=True
+            )
+        else:
+            wav, sample_rate = self.clip
+            audio, tokens = model.generate_with_chroma(
+                descriptions, [wav], sample_rate, return_tokens=True
+            )
+        if self.diffusion is None:
+            return audio[0]
+        del audio
+        progress = ProgressLog(logger, "network evaluations", "MultiBand Diffusion")
+        return self.diffusion.tokens_to_wav(tokens, seed=self.seed, progress=progress.update)[0]
 
 
 def _check_prompt(clip: tuple[Tensor, int], selection: Selection) -> None:

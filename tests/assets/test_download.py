@@ -328,7 +328,7 @@ def test_two_processes_fetch_once(server, target):
     for process in both:
         process.stdin.write("go\n")
         process.stdin.flush()
-    logs = sorted(process.communicate(timeout=20)[1] for process in both)
+    logs = sorted(process.communicate(timeout=120)[1] for process in both)
     assert [process.returncode for process in both] == [0, 0]
     assert len(server.log()) == 1
     assert target.read_bytes() == CONTENT

@@ -12,9 +12,8 @@ import pytest
 
 from audiocraft.assets import exchange
 from audiocraft.assets.download import download
-from audiocraft.assets.exchange import show_url
 from audiocraft.assets.parts import open_part
-from audiocraft.assets.remote import Remote
+from audiocraft.assets.remote import Remote, show_url
 from audiocraft.errors import AssetError, DownloadError, InputError, UnreachableError
 from tests.assets.conftest import left
 from tests.http_server import File

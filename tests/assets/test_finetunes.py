@@ -389,6 +389,8 @@ def test_two_processes_fetch_once(server, folder):
     for process in both:
         process.stdin.write("go\n")
         process.stdin.flush()
-    assert [process.communicate(timeout=20)[0].strip() for process in both] == [sha256(content)] * 2
+    assert [process.communicate(timeout=120)[0].strip() for process in both] == [
+        sha256(content)
+    ] * 2
     assert [request.status for request in server.log()] == [200, 304]
     assert kept(folder) == [content]
