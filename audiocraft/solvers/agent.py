@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -22,20 +23,35 @@ def main() -> int:
     """Runs the ranks and returns the exit status."""
     watched, folder, processes, module, *arguments = sys.argv[1:]
     threading.Thread(target=_end_with_caller, args=(int(watched), folder), daemon=True).start()
+    os.environ |= {AGENT: str(os.getpid()), FOLDER: folder}
+    rank = ["-m", "audiocraft.solvers.rank", module, *arguments]
+    failures = _run_one(rank) if processes == "1" else _run_several(rank, processes, folder)
+    if failures:
+        (Path(folder) / "agent.json").write_text(json.dumps(failures))
+    return int(bool(failures))
+
+
+def _run_one(command: list[str]) -> dict[int, int]:
+    """Status of the one rank, if it failed; importing torch's launcher would take seconds."""
+    own = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    status = subprocess.run(  # noqa: S603 - our own interpreter and modules
+        [sys.executable, *command], env=os.environ | own, check=False
+    ).returncode
+    return {0: status} if status else {}
+
+
+def _run_several(command: list[str], processes: str, folder: str) -> dict[int, int]:
+    """Status of each rank that failed."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    os.environ |= {AGENT: str(os.getpid()), FOLDER: folder}
     flags = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", processes]
     flags += ["--log-dir", folder]  # else a folder of its own is left behind each time
     try:
-        given = parse_args([*flags, "-m", "audiocraft.solvers.rank", module, *arguments])  # type: ignore[no-untyped-call]
-        run(given)  # type: ignore[no-untyped-call]
+        run(parse_args([*flags, *command]))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
-        failures = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        (Path(folder) / "agent.json").write_text(json.dumps(failures))
-        return 1
-    return 0
+        return {rank: failure.exitcode for rank, failure in error.failures.items()}
+    return {}
 
 
 def _end_with_caller(watched: int, folder: str) -> None:

@@ -1,8 +1,9 @@
 """Several processes as one job: started, listened to, and ended together, whatever ends first.
 
 The caller starts an agent (`agent.py`), which runs torch's own launcher; that starts one rank per
-device (`rank.py`). Three ties see to it that none outlives another: the agent ends when the pipe
-from its caller closes, a rank when its agent dies, and the launcher ends all ranks when one fails.
+device (`rank.py`). A rank that is alone the agent starts itself. Three ties see to it that none
+outlives another: the agent ends when the pipe from its caller closes, a rank when its agent dies,
+and the launcher ends all ranks when one fails.
 """
 
 import codecs
@@ -38,7 +39,7 @@ def launch(
     Whatever is raised here meanwhile, such as a cancelation, ends every process first.
 
     Args:
-        module: run as `python -m` runs it, in each process; the ranks find each other by
+        module: run as `python -m` runs it, in each process; several find each other by
             `torch.distributed.init_process_group`.
         arguments: its arguments.
         processes: how many.
@@ -132,7 +133,9 @@ def _end(process: "subprocess.Popen[bytes]", output: int) -> None:
 def _reason(folder: Path, status: int) -> str:
     """What went wrong first, from what agent and ranks have left."""
     said = [left for path in sorted(folder.glob("rank-*.json")) if (left := _read(path))]
-    failures: dict[str, int] = _read(folder / "agent.json")
+    ended: dict[str, int] = _read(folder / "agent.json")
+    # The launcher ends by SIGTERM those that outlive the first to fail.
+    failures = {rank: code for rank, code in ended.items() if code != -signal.SIGTERM} or ended
     killed = {
         rank: -code for rank, code in failures.items() if code < 0 and code != -signal.SIGTERM
     }

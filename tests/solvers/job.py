@@ -14,17 +14,20 @@ from audiocraft.errors import InputError
 def main() -> None:
     """Arguments: what to do, and the rank that does it."""
     action, who = sys.argv[1], int(sys.argv[2])
-    distributed.init_process_group("gloo")
-    rank = distributed.get_rank()
+    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     total = torch.tensor([rank + 1])
-    distributed.all_reduce(total)
-    print(f"rank {rank} of {distributed.get_world_size()}, pid {os.getpid()}, sum {total.item()}")
+    if processes > 1:
+        distributed.init_process_group("gloo")
+        distributed.all_reduce(total)
+    print(f"rank {rank} of {processes}, pid {os.getpid()}, sum {total.item()}")
     print(f"agent {os.getppid()}")
-    distributed.barrier()
+    if processes > 1:
+        distributed.barrier()
     if action == "wait":
         print("ready")
         while True:
-            distributed.all_reduce(total)
+            if processes > 1:
+                distributed.all_reduce(total)
             time.sleep(0.01)
     if rank == who:
         time.sleep(0.2)
@@ -34,9 +37,12 @@ def main() -> None:
             sys.exit(3)
         if action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-    if action != "end":
-        distributed.barrier()
-    distributed.destroy_process_group()
+    elif action == "exit":  # outlives it, and is ended by the launcher
+        time.sleep(60)
+    if processes > 1:
+        if action != "end":
+            distributed.barrier()
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
