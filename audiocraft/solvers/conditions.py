@@ -71,6 +71,9 @@ class ConditionSettings:
         merge_text_p: of merging metadata into a description.
         drop_desc_p: of dropping the description itself where metadata are merged.
         drop_other_p: of *keeping* a field where metadata are merged. The name is the official one.
+        null_as_generated: no probability: what is dropped becomes what generation has in its
+            place, a text as many masked tokens as the others have, a melody one of class 0
+            throughout. Officially it is a single token and five masked frames, which differ.
     """
 
     cfg_p: float = 0.3
@@ -79,6 +82,7 @@ class ConditionSettings:
     merge_text_p: float = 0.25
     drop_desc_p: float = 0.5
     drop_other_p: float = 0.5
+    null_as_generated: bool = False
 
     def __post_init__(self) -> None:
         for name, value in {
@@ -113,6 +117,9 @@ def condition_settings(cfg: DictConfig, cfg_p: float | None = None) -> Condition
             (str(kind), str(name), float(p))
             for kind, names in (attributes or {}).items()
             for name, p in names.items()
+        ),
+        null_as_generated=bool(
+            OmegaConf.select(cfg, "classifier_free_guidance.null_as_generated", default=False)
         ),
         **{name: float(value) for name, value in found.items() if value is not None},
     )

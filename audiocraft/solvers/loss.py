@@ -115,8 +115,10 @@ def codebook_loss(output: LMOutput, codes: Tensor, counted: Tensor | None = None
     # there is no prediction) and targets (maybe the special token) keeps shapes fixed instead.
     targets = codes.masked_fill(~mask, 0)
     sums = []
-    for k in range(codes.shape[1]):  # one codebook at a time, which bounds the copies
-        logits = output.logits[:, k].masked_fill(~mask[:, k, :, None], 0.0)
+    # One codebook at a time, which bounds the copies. Unbound together, since the gradient of a
+    # selected one is as large as that of all.
+    for k, logits in enumerate(output.logits.unbind(dim=1)):
+        logits = logits.masked_fill(~mask[:, k, :, None], 0.0)  # noqa: PLW2901
         nats = F.cross_entropy(
             logits.flatten(0, 1).float(), targets[:, k].flatten(), reduction="none"
         )

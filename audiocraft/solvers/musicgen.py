@@ -90,6 +90,7 @@ class TrainSettings:
         checkpointing: compute the activations of each layer again in the backward pass.
         sharded: spread weights, gradients and optimizer state over the processes (FSDP2).
         ema_on_host: keep the moving average in the host's memory.
+        text_encoder: train T5 too, which stands outside the state dict; in one process alone.
     """
 
     updates: int
@@ -106,6 +107,7 @@ class TrainSettings:
     checkpointing: bool = False
     sharded: bool = False
     ema_on_host: bool = False
+    text_encoder: bool = False
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,15 @@ def _trained(lm: LMModel) -> dict[str, torch.nn.Parameter]:
     }
 
 
+def text_encoder_weights(lm: LMModel) -> dict[str, torch.nn.Parameter]:
+    """The weights of the text encoders, which the model's state dict does not have."""
+    weights: dict[str, torch.nn.Parameter] = {}
+    for name in lm.condition_provider.text_conditions:
+        _, encoder = cast("T5Conditioner", lm.condition_provider.conditioners[name]).load()
+        weights |= {f"{name}.t5.{key}": weight for key, weight in encoder.named_parameters()}
+    return weights
+
+
 class Trainer:
     """One model in training, in this process and the others of its job.
 
@@ -193,6 +204,8 @@ class Trainer:
                 f"batch_size is {settings.batch_size}, it must be a multiple of the {self.ranks} "
                 "processes."
             )
+        if settings.text_encoder and self.ranks > 1:
+            raise InputError("A text encoder is trained in one process: start a single one.")
         if not settings.bfloat16 and any(w.dtype != torch.float32 for w in lm.parameters()):
             raise InputError("Frozen weights of 16 bit need bfloat16: load them in float32.")
         self.lm = lm.train()
@@ -204,7 +217,14 @@ class Trainer:
         if self._sharded:
             shard(self._predictions, lm.transformer.layers, lm.device, self.ranks)
         self._weights = _trained(lm)
-        self.optimizer = build_optimizer(settings.optimizer, parameter_groups(lm))
+        groups = parameter_groups(lm)
+        if settings.text_encoder:
+            encoder = text_encoder_weights(lm)
+            for weight in encoder.values():
+                weight.requires_grad = True
+            self._weights |= encoder
+            groups.append([*encoder.values()])
+        self.optimizer = build_optimizer(settings.optimizer, groups)
         self._base_lr: float = self.optimizer.param_groups[0]["lr"]
         self.ema = Ema(self._weights, device="cpu" if settings.ema_on_host else None)
         self._replicated: DistributedDataParallel | None = None
@@ -235,19 +255,22 @@ class Trainer:
             report(self._step(batch_clips(clips, self.settings, self.update + 1)))
 
     @torch.no_grad()
-    def evaluate(self, clips: Sequence[Clip], *, averaged: bool = True) -> CodebookLoss:
-        """Loss over clips with nothing dropped; texts are padded to the longest of them all.
+    def evaluate(
+        self, clips: Sequence[Clip], *, averaged: bool = True, drops: Drops | None = None
+    ) -> CodebookLoss:
+        """Loss over clips; texts are padded to the longest of them all.
 
         Each process computes a share of them, and all get the sum.
 
         Args:
             clips: at least one; each process has them all.
             averaged: of the moving average, once it has taken a step; else of the weights.
+            drops: what they go without; nothing if not given.
         """
         with self.ema.applied() if averaged else nullcontext():
             self.lm.eval()
             try:
-                sums = self._evaluate(clips)
+                sums = self._evaluate(clips, drops or Drops())
             finally:
                 self.lm.train()
                 if self._sharded:
@@ -255,17 +278,17 @@ class Trainer:
         self._add_up(sums)
         return CodebookLoss(sums.cpu(), self._counts(clips))
 
-    def _evaluate(self, clips: Sequence[Clip]) -> Tensor:
+    def _evaluate(self, clips: Sequence[Clip], drops: Drops) -> Tensor:
         """Nats of each codebook over this process's share, [K]."""
         size, delays = self.settings.micro_batch, self.lm.pattern_provider.delays
         sums = torch.zeros(len(delays), dtype=torch.float64, device=self.lm.device)
-        tokens = self._tokens([clip.description for clip in clips])
+        tokens = self._tokens([clip.description for clip in clips], drops)
         rows = range(self.rank, len(clips), self.ranks)
         # Where weights are spread, all processes have to be in each forward pass.
         rounds = -(-len(range(0, len(clips), self.ranks)) // size) * size
         for start in range(0, rounds if self._sharded else len(rows), size):
             part = rows[start : start + size]
-            loss = self._loss(self._predictions, clips, part or range(1), tokens, Drops())
+            loss = self._loss(self._predictions, clips, part or range(1), tokens, drops)
             if part:
                 sums += loss.sums
         return sums
@@ -317,9 +340,7 @@ class Trainer:
         own = range(self.rank * share, (self.rank + 1) * share)
         texts = [self._text(clip, number) for clip in batch]
         drops = draw_drops(settings.conditions, batch_random(settings.seed, number).random)
-        if drops.everything or "description" in drops.text:
-            texts = [None] * len(texts)
-        tokens = self._tokens(texts)
+        tokens = self._tokens(texts, drops)
         counts = self._counts(batch)
         counts_there = self._send(counts)
         lr = self._base_lr * lr_factor(settings.schedule, number, settings.warmup, settings.updates)
@@ -395,17 +416,26 @@ class Trainer:
         lengths = [frames if self.settings.count_padding else clip.frames for clip in batch]
         return count_targets(self.lm.pattern_provider.delays, frames, lengths)
 
-    def _tokens(self, texts: Sequence[str | None]) -> dict[str, dict[str, Tensor]]:
+    def _tokens(self, texts: Sequence[str | None], drops: Drops) -> dict[str, dict[str, Tensor]]:
         """Tokens of a batch's texts, by name of the condition."""
-        conditioners = self.lm.condition_provider.conditioners
-        return {
-            name: cast("T5Conditioner", conditioners[name]).tokenize(texts)
-            for name in self.lm.condition_provider.text_conditions
-        }
+        tokens = {}
+        for name in self.lm.condition_provider.text_conditions:
+            conditioner = cast("T5Conditioner", self.lm.condition_provider.conditioners[name])
+            is_dropped = drops.everything or name in drops.text
+            is_short = is_dropped and not self.settings.conditions.null_as_generated
+            tokens[name] = conditioner.tokenize([None] * len(texts) if is_short else texts)
+            if is_dropped:
+                tokens[name]["attention_mask"].zero_()
+        return tokens
 
     def _chroma(self, name: str, clips: Sequence[Clip], is_dropped: bool) -> tuple[Tensor, Tensor]:
-        """Chroma (B, T', n_chroma) and mask (B, T') of clips; a dropped melody is all masked."""
+        """Chroma (B, T', n_chroma) and mask (B, T') of clips."""
         conditioner = cast("ChromaStemConditioner", self.lm.condition_provider.conditioners[name])
+        if is_dropped and self.settings.conditions.null_as_generated:
+            shape = (len(clips), conditioner.chroma_len)
+            chroma = torch.zeros(*shape, conditioner.chroma.n_chroma, device=self.lm.device)
+            chroma[..., 0] = 1.0  # as silence has it, golden test `lm_tiny_melody`
+            return chroma, torch.ones(shape, dtype=torch.long, device=self.lm.device)
         if is_dropped:
             shape = (len(clips), _NULL_CHROMA_FRAMES)
             chroma = torch.zeros(*shape, conditioner.chroma.n_chroma, device=self.lm.device)

@@ -9,18 +9,20 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from audiocraft.errors import InputError
 from audiocraft.models.lm import LMModel
-from audiocraft.solvers.sharding import local
+from audiocraft.solvers.sharding import is_sharded, local
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 logger = logging.getLogger(__name__)
 
@@ -164,8 +166,10 @@ def _local_shards(optimizer: Optimizer, flat: frozenset[str]) -> Iterator[None]:
                 state[weight][key] = _whole(value, weight)
 
 
-def _whole(value: Any, weight: DTensor) -> Any:
+def _whole(value: Any, weight: "DTensor") -> Any:
     """A local state as a DTensor that is laid out as its weight is; anything else as it is."""
+    from torch.distributed.tensor import DTensor
+
     if not isinstance(value, Tensor):
         return value
     shape = weight.to_local().shape
@@ -195,7 +199,7 @@ def _sharded(kind: Any, flat: frozenset[str]) -> Any:
 
 
 def _takes_shards(groups: Sequence[Sequence[nn.Parameter]]) -> bool:
-    kinds = {isinstance(weight, DTensor) for group in groups for weight in group}
+    kinds = {is_sharded(weight) for group in groups for weight in group}
     if len(kinds) > 1:
         raise InputError(
             "Some weights are sharded and some are not, whose parts of the sums would count once "
@@ -279,7 +283,7 @@ def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None
     wholes = {
         index: {
             key: _whole(value.to(weights[index].device), weights[index])
-            if isinstance(weights[index], DTensor) and isinstance(value, Tensor) and value.dim()
+            if is_sharded(weights[index]) and isinstance(value, Tensor) and value.dim()
             else value
             for key, value in values.items()
         }

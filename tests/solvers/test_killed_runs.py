@@ -34,11 +34,6 @@ JOB = replace(SHORT, epochs=6, updates_per_epoch=2)
 PROCESSES = 2
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with five songs, one of which is held out."""
@@ -50,9 +45,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def uninterrupted(place):
     """Tensors and losses of a training that nobody disturbs, and its folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        weights, text = train(JOB, place / "music", place, PROCESSES)
+    weights, text = train(JOB, place / "music", place, PROCESSES)
     return *outcome(weights, text), work_of(text)
 
 

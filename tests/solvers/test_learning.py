@@ -1,7 +1,6 @@
 """Whether a model learns music: chunks of it, coded by a codec whose codebooks fit them."""
 
 import math
-import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -24,13 +23,11 @@ from audiocraft.solvers.musicgen import Clip, Trainer, TrainSettings
 from audiocraft.solvers.optimizers import OptimizerSettings
 from tests.golden_data import GOLDEN
 from tools import render_music
+from tools.synthetic_music import midi
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        shutil.which("fluidsynth") is None or not render_music.SOUNDFONT.is_file(),
-        reason="needs fluidsynth and FluidR3",
-    ),
+    pytest.mark.skipif(midi.missing() is not None, reason=f"{midi.missing()} is missing"),
 ]
 
 CODEBOOKS, CARD = 4, 64

