@@ -9,8 +9,6 @@ among those that are played at such a tempo. The beat is the one that a player o
 
 import argparse
 import json
-import struct
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,27 +17,28 @@ from typing import Final
 import numpy as np
 
 from tools.music_styles import PROGRESSIONS, STYLES, Style
+from tools.synthetic_music.midi import DRUM_CHANNEL, TICKS, midi_file, play
+from tools.synthetic_music.patterns import (
+    LEADING,
+    LOUDNESS,
+    MAJOR,
+    MINOR,
+    onsets,
+    place,
+)
 
 TONICS: Final = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
-SOUNDFONT: Final = Path("/usr/share/sounds/sf2/FluidR3_GM.sf2")
 SLOWEST, FASTEST = 60.0, 180.0  # bpm
 SECONDS = 30.0
 
-_TICKS: Final = 480  # in a beat
-_DRUM_CHANNEL: Final = 9  # of General MIDI
 _CRASH, _SNARE, _TOM = 49, 38, 45  # General MIDI
 _BASS_PART, _COMP_PART, _PAD_PART, _LEAD_PART = range(4)  # also their channels
-_LOUDNESS: Final = {"X": 112, "x": 92, "o": 62, "?": 72}  # velocities; ? is played half the time
 _LOW, _MIDDLE, _HIGH = 36, 55, 67  # lowest notes of bass, chords and melody
 _RATE: Final = 44100
-_LEADING: Final = 11  # semitones above the tonic: the leading note
 _LAST: Final = 7  # bar of eight
 _LEAD_ENTRY: Final = 2  # bars
 # How often things happen.
 _PAUSES, _SEVENTHS, _FILLS, _PERHAPS, _FULL = 0.3, 0.4, 0.7, 0.5, 0.8
-
-_MAJOR: Final = (0, 2, 4, 5, 7, 9, 11)
-_MINOR: Final = (0, 2, 3, 5, 7, 8, 10)
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def compose(piece: Piece, seconds: float = SECONDS) -> bytes:
     style = STYLES[piece.style]
     random = np.random.default_rng([*piece.name.encode()])
     beat = 60 / piece.bpm
-    score = _Score(random, jitter=float(random.uniform(0.001, 0.008)) / beat * _TICKS)
+    score = _Score(random, jitter=float(random.uniform(0.001, 0.008)) / beat * TICKS)
     bars = int(np.ceil(seconds / (beat * style.beats))) + 1
     chords = _chords(piece, style, bars, random)
     present = [bool(sounds) for sounds in style.sounds]
@@ -118,7 +117,7 @@ def compose(piece: Piece, seconds: float = SECONDS) -> bytes:
     entry = int(random.choice([0, 0, 2, 4]))
     pause = int(random.integers(6, 14)) if random.random() < _PAUSES else bars
     for bar in range(bars):
-        start = bar * style.beats * _TICKS
+        start = bar * style.beats * TICKS
         following = chords[min(bar + 1, bars - 1)]
         if bar >= entry and bar not in {pause, pause + 1}:
             _play_drums(score, style, bar, start)
@@ -127,9 +126,9 @@ def compose(piece: Piece, seconds: float = SECONDS) -> bytes:
         if present[_COMP_PART]:
             _play_comp(score, style, chords[bar], start)
         if present[_PAD_PART] and bar % style.bars_per_chord == 0:
-            length = style.beats * style.bars_per_chord * _TICKS
+            length = style.beats * style.bars_per_chord * TICKS
             for pitch in chords[bar]:
-                score.add(start, _PAD_PART, _place(pitch, _MIDDLE), 60, length)
+                score.add(start, _PAD_PART, place(pitch, _MIDDLE), 60, length)
     _play_lead(score, style, piece, chords)
     programs = {part: int(random.choice(s)) for part, s in enumerate(style.sounds) if s}
     return midi_file(score.notes, programs, piece.bpm)
@@ -140,7 +139,7 @@ def _chords(
 ) -> list[tuple[int, ...]]:
     """Pitch classes of each bar's chord, root first."""
     tonic, mode = piece.key.split()
-    scale = _MAJOR if mode == "major" else _MINOR
+    scale = MAJOR if mode == "major" else MINOR
     choices = PROGRESSIONS[style.harmony, mode]
     sections = [str(random.choice(choices)).split() for _ in range(2)]
     # Eight bars of each: verse and chorus.
@@ -153,57 +152,42 @@ def _chords(
         count = 4 if style.sevenths or (dominant and random.random() < _SEVENTHS) else 3
         notes = [scale[(root + 2 * third) % 7] for third in range(count)]
         if dominant:
-            notes[1] = _LEADING
+            notes[1] = LEADING
         chords.append(tuple((TONICS.index(tonic) + note) % 12 for note in notes))
     return chords
 
 
-def _place(pitch_class: int, lowest: int) -> int:
-    return lowest + (pitch_class - lowest) % 12
-
-
-def _onsets(style: Style, pattern: str) -> list[tuple[str, float, float]]:
-    """Each struck step: its character, its tick in the bar, and ticks until the next character."""
-    step = _TICKS / style.steps
-    struck = [index for index, mark in enumerate(pattern) if mark != "."]
-    ends = [*struck[1:], len(pattern)]
-    return [
-        (pattern[i], (i + style.swing * (i % 2)) * step, (end - i) * step)
-        for i, end in zip(struck, ends, strict=True)
-    ]
-
-
 def _play_drums(score: _Score, style: Style, bar: int, start: int) -> None:
     fill = bar % 8 == _LAST and score.random.random() < _FILLS and _SNARE in style.drums
-    half = style.beats * _TICKS / 2
+    half = style.beats * TICKS / 2
     for drum, pattern in style.drums.items():
-        for mark, tick, _ in _onsets(style, pattern):
+        for mark, tick, _ in onsets(style, pattern):
             if (mark == "?" and score.random.random() < _PERHAPS) or (fill and tick >= half):
                 continue
-            score.add(start + tick, _DRUM_CHANNEL, drum, _LOUDNESS[mark], 60)
+            score.add(start + tick, DRUM_CHANNEL, drum, LOUDNESS[mark], 60)
     if fill:
         steps = style.beats * style.steps // 2
         for step in range(steps):
             if score.random.random() < _FULL:
                 drum = _SNARE if step < steps // 2 else _TOM
-                tick = start + half + step * _TICKS / style.steps
-                score.add(tick, _DRUM_CHANNEL, drum, 85 + 2 * step, 60)
+                tick = start + half + step * TICKS / style.steps
+                score.add(tick, DRUM_CHANNEL, drum, 85 + 2 * step, 60)
     if bar % 8 == 0 and _SNARE in style.drums:
-        score.add(start, _DRUM_CHANNEL, _CRASH, 95, 60)
+        score.add(start, DRUM_CHANNEL, _CRASH, 95, 60)
 
 
 def _play_bass(
     score: _Score, style: Style, chord: tuple[int, ...], following: tuple[int, ...], start: int
 ) -> None:
-    root = _place(chord[0], _LOW)
-    target = _place(following[0], _LOW)
-    steps = _onsets(style, style.bass)
+    root = place(chord[0], _LOW)
+    target = place(following[0], _LOW)
+    steps = onsets(style, style.bass)
     for number, (mark, tick, length) in enumerate(steps):
         if mark == "-":
             continue
         if mark == "w":
             left = len(steps) - number
-            pitch = _place(chord[number % len(chord)], _LOW) if number else root
+            pitch = place(chord[number % len(chord)], _LOW) if number else root
             if left == 1:
                 pitch = target + int(score.random.choice([-1, 1, 2, -2]))
         else:
@@ -212,10 +196,10 @@ def _play_bass(
 
 
 def _play_comp(score: _Score, style: Style, chord: tuple[int, ...], start: int) -> None:
-    pitches = sorted(_place(pitch, _MIDDLE) for pitch in chord)
-    for mark, tick, length in _onsets(style, style.comp):
+    pitches = sorted(place(pitch, _MIDDLE) for pitch in chord)
+    for mark, tick, length in onsets(style, style.comp):
         if mark in "Xx":
-            held = 0.95 * length if mark == "X" else 0.7 * _TICKS / style.steps
+            held = 0.95 * length if mark == "X" else 0.7 * TICKS / style.steps
             for pitch in pitches:
                 score.add(start + tick, _COMP_PART, pitch, 78, held)
         elif mark.isdigit():
@@ -230,7 +214,7 @@ def _play_lead(
     """A melody in phrases of four bars: steps of the scale, the chord's notes on the beat."""
     random = score.random
     tonic, mode = piece.key.split()
-    scale = _MAJOR if mode == "major" else _MINOR
+    scale = MAJOR if mode == "major" else MINOR
     beat = 60 / piece.bpm
     cells = {
         4: ("x...", "x.x.", "x..x", "x.xx", "xxx.", "xxxx", "..x."),
@@ -247,7 +231,7 @@ def _play_lead(
         if bar % 16 in {14, 15} or bar < _LEAD_ENTRY:
             continue  # breathes
         for number in range(style.beats):
-            start = (bar * style.beats + number) * _TICKS
+            start = (bar * style.beats + number) * TICKS
             last = (bar + 1) % 4 == 0 and number >= style.beats // 2
             if last and number > style.beats // 2:
                 continue
@@ -261,61 +245,25 @@ def _play_lead(
                     near = np.array([p + 12 * octave for p in chord for octave in (-1, 0, 1)])
                     pitch = int(near[np.argmin(np.abs(near - pitch))])
                 elif (
-                    _LEADING in {(p - TONICS.index(tonic)) % 12 for p in chord}
-                    and scale[degree % 7] == _LEADING - 1
+                    LEADING in {(p - TONICS.index(tonic)) % 12 for p in chord}
+                    and scale[degree % 7] == LEADING - 1
                 ):
                     pitch += 1
                 if last and bar % 8 == _LAST and TONICS.index(tonic) in chord:
                     pitch = TONICS.index(tonic)
-                length = 1.6 * _TICKS if last else _TICKS / style.steps * random.uniform(0.8, 1.5)
-                tick = start + (index + style.swing * (index % 2)) * _TICKS / style.steps
+                length = 1.6 * TICKS if last else TICKS / style.steps * random.uniform(0.8, 1.5)
+                tick = start + (index + style.swing * (index % 2)) * TICKS / style.steps
                 score.add(tick, _LEAD_PART, _HIGH + pitch - 2, 88, length)
-
-
-def midi_file(
-    notes: Sequence[tuple[int, int, int, int, int]], programs: dict[int, int], bpm: float
-) -> bytes:
-    """A standard MIDI file of one track.
-
-    Args:
-        notes: (tick, channel, pitch, velocity, ticks), 480 ticks a beat, in any order.
-        programs: General MIDI programs by channel.
-        bpm: beats a minute.
-    """
-    events = [(0, 0, struct.pack("BB", 0xC0 | ch, program)) for ch, program in programs.items()]
-    for tick, channel, pitch, velocity, length in notes:
-        events.append((tick, 2, struct.pack("BBB", 0x90 | channel, pitch, velocity)))
-        events.append((tick + length, 1, struct.pack("BBB", 0x80 | channel, pitch, 0)))
-    track = b"\x00\xff\x51\x03" + round(60e6 / bpm).to_bytes(3, "big")
-    now = 0
-    for tick, _, message in sorted(events):
-        track += _variable(tick - now) + message
-        now = tick
-    track += b"\x00\xff\x2f\x00"
-    header = struct.pack(">4sIHHH", b"MThd", 6, 0, 1, _TICKS)
-    return header + struct.pack(">4sI", b"MTrk", len(track)) + track
-
-
-def _variable(number: int) -> bytes:
-    """MIDI's numbers of variable length: seven bits a byte, the eighth set on all but the last."""
-    digits = [number & 0x7F]
-    while number := number >> 7:
-        digits.append(number & 0x7F | 0x80)
-    return bytes(reversed(digits))
 
 
 def render(midi: Path, wav: Path) -> None:
     """Play a MIDI file with FluidR3, 44.1 kHz stereo.
 
     Raises:
-        FileNotFoundError: fluidsynth or the sound font is not installed.
+        AssetError: fluidsynth or the sound font is not installed.
         subprocess.CalledProcessError: fluidsynth fails.
     """
-    if not SOUNDFONT.is_file():
-        raise FileNotFoundError(f"{SOUNDFONT} is missing: apt-get install fluid-soundfont-gm.")
-    options = ["-ni", "-q", "-g", "0.5", "-r", str(_RATE), "-T", "wav", "-F", str(wav)]
-    command = ["fluidsynth", *options, str(SOUNDFONT), str(midi)]
-    subprocess.run(command, check=True)  # noqa: S603 - of our own making
+    play(midi, wav, _RATE, "-g", "0.5", "-T", "wav")
 
 
 def render_set(folder: Path, seed: int, count: int, seconds: float = SECONDS) -> list[Piece]:

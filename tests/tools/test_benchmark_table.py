@@ -1,0 +1,147 @@
+"""Records of benchmarks, the README's tables of them, and what a GPU has still to measure."""
+
+import json
+
+import pytest
+import torch
+
+from audiocraft.errors import AudiocraftError, InputError
+from tools.benchmark import todo
+from tools.benchmark.records import load_all, rounded, save
+from tools.benchmark.table import BEGIN, END, README, block, tables
+from tools.benchmark.todo import ITEMS, Item, missing, run_items
+
+ROW = {
+    "system": "ours",
+    "version": "small",
+    "precision": "int8",
+    "batch": 1,
+    "seconds": 8.0,
+    "steps_per_s": 45.678,
+    "real_time_factor": 0.8765,
+    "first_step_s": 0.04321,
+    "gb_per_s": 23.4,
+    "bandwidth_share": 0.512,
+    "peak_gb": 2.345,
+}
+BROKEN = {"system": "audiocraft", "version": "small", "precision": "float32", "batch": 1}
+RECORD = {
+    "command": "scripts/benchmark generate --version small",
+    "device": "A CPU, 2 threads of 2",
+    "date": "2026-01-02",
+    "versions": {"python": "3.11.7", "torch": "2.11.0"},
+    "bandwidth_gb_per_s": 45.67,
+    "rows": [ROW, {**BROKEN, "seconds": 8.0, "error": "ImportError: there is none"}],
+}
+
+
+def test_the_tables_of_records():
+    start = {"system": "ours", "by": "scripts/predict", "version": "small", "seconds": 5}
+    records = {
+        "generate-small-batch1-cpu": RECORD,
+        "start-small-cpu": RECORD | {"rows": [start | {"start_to_file_s": 23.456}]},
+    }
+    assert tables(records) == (
+        "A CPU, 2 threads of 2: python 3.11.7, torch 2.11.0; memory at 46 GB/s "
+        "(`scripts/benchmark generate --version small`, 2026-01-02):\n"
+        "\n"
+        "| model, pieces | by | precision | steps/s | x real time | first step | of the memory's "
+        "speed | peak memory |\n"
+        "|---|---|---|---|---|---|---|---|\n"
+        "| `small`, 1 of 8 s | this package | int8 | 45.7 | 0.88 | 0.043 s | 51% | 2.3 GB |\n"
+        "\n"
+        "Start of a process to a finished file of 5 s, on A CPU, 2 threads of 2: python 3.11.7, "
+        "torch 2.11.0 (`scripts/benchmark generate --version small`, 2026-01-02):\n"
+        "\n"
+        "| model | by | seconds |\n"
+        "|---|---|---|\n"
+        "| `small` | this package, `scripts/predict` | 23.5 |"
+    )
+
+
+def test_the_readme_has_the_tables_of_the_records():
+    assert block(README.read_text()) == tables(load_all())
+
+
+def test_a_readme_without_marks():
+    with pytest.raises(InputError, match="lacks the line"):
+        block(f"{END}\n{BEGIN}\n")
+    assert block(f"a\n{BEGIN}\n\n| b |\n\n{END}\nc") == "| b |"
+
+
+def test_a_record_replaces_an_older_one_whole(tmp_path):
+    save("one", {"rows": [1]}, tmp_path)
+    with pytest.raises(TypeError):
+        save("one", {"rows": [object()]}, tmp_path)
+    assert load_all(tmp_path) == {"one": {"rows": [1]}}
+    assert [path.name for path in tmp_path.iterdir()] == ["one.json"]
+
+
+def test_four_digits_count():
+    assert [rounded(value) for value in (1234.5, 0.00012345, 12)] == [1234, 0.0001234, 12]
+
+
+# What a GPU has still to measure
+
+
+def test_without_a_gpu_it_says_so_in_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(todo, "missing", lambda: missing(tmp_path))
+    with pytest.raises(InputError) as caught:
+        todo.main([])
+    said = str(caught.value)
+    assert said.startswith("These figures need an NVIDIA GPU")
+    assert all(item.name in said for item in ITEMS)
+    assert said.count(".") == 1
+
+
+def test_they_are_all_the_figures_and_fit_the_time():
+    assert [item.name for item in ITEMS] == [
+        "generate-medium-batch1-cuda",
+        "generate-large-batch1-cuda",
+        "request-stereo-melody-cuda",
+        "generate-small-batch1-cuda",
+        "mbd-stereo-cuda",
+        "generate-medium-batch16-cuda",
+        "generate-large-batch16-cuda",
+        "profile-medium-cuda",
+        "generate-stereo-melody-batch1-cuda",
+    ]
+    assert todo.LIMIT_S < 600
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([ROW], True),  # the peers are still to be measured
+        ([ROW, {**BROKEN, "error": "no"}], True),
+        ([{**ROW, "error": "no"}, BROKEN], True),
+        ([ROW, {**BROKEN, "error": "no"}, {**ROW, "system": "transformers"}], False),
+    ],
+)
+def test_what_is_recorded_is_not_measured_again(tmp_path, rows, expected):
+    save("generate-medium-batch1-cuda", {"rows": rows}, tmp_path)
+    names = [item.name for item in missing(tmp_path)]
+    assert ("generate-medium-batch1-cuda" in names) == expected
+    assert len(names) == len(ITEMS) - (not expected)
+
+
+def test_each_is_kept_as_it_comes(tmp_path):
+    def measure(packages, place, deadline):
+        assert (packages, place) == (None, None)
+        assert deadline > 0
+        return {"rows": [ROW], "kept": [path.name for path in tmp_path.glob("*.json")]}
+
+    def fail(*_):
+        raise AudiocraftError("no memory")
+
+    items = [
+        Item("first", 1, measure),
+        Item("broken", 1, fail),
+        Item("long", 100, measure),
+        Item("last", 1, measure),
+    ]
+    left = run_items(items, None, None, tmp_path, limit=60)
+    assert [item.name for item in left] == ["broken", "long"]
+    assert sorted(load_all(tmp_path)) == ["first", "last"]
+    assert json.loads((tmp_path / "last.json").read_text())["kept"] == ["first.json"]

@@ -1,0 +1,123 @@
+"""The model card of the `tiny` release."""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from tools.synthetic_music.instruments import LEADS
+from tools.synthetic_music.styles import STYLES
+
+_CARD: Final = """\
+---
+license: apache-2.0
+pipeline_tag: text-to-audio
+---
+
+# tiny
+
+A small stereo melody MusicGen, trained from nothing by this project on music that this project
+composes and renders. It is there so that the first command makes music without a network, and so
+that tests run on a model that has learnt something. It knows {leads} instruments, {styles} styles,
+the 24 keys and 60 to 180 bpm, and nothing else: no recordings, no voices, no songs.
+
+## Parts
+
+| part | parameters |
+|---|---|
+| language model, {layers} layers of {dim}, 8 codebooks, {context:g} s of context | {lm:.2f} M |
+| EnCodec, 32 kHz, 50 frames a second, 4 codebooks for each side | {codec:.2f} M |
+| T5 encoder and its tokenizer, trained with the language model | {t5:.2f} M |
+
+Chroma of a melody is taken of the whole mix, for a stem separator can't be bundled.
+
+## Data and cost
+
+Pieces of {piece:g} s, composed by rules and played by fluidsynth with FluidR3 GM. The language
+model heard {heard:.0f} hours of music (pieces several times, in other crops and wordings) in
+{hours:.1f} hours of work. Its loss on pieces that it was not trained on is {loss:.3f} nats per
+code with text and melody, {text:.3f} without the melody, {other_text:.3f} with another piece's text
+instead, and {nothing:.3f} with neither.
+
+    codec=CODEC/compression_state_dict.safetensors
+    python -m tools.tiny.codec --out CODEC --hours H
+    python -m tools.tiny.dataset --codec $codec --out DATA --hours H
+    python -m tools.tiny.lm --data DATA --codec $codec --out RUN --hours H
+    python -m tools.tiny.evaluate --model RUN/release | tee FIGURES
+    python -m tools.tiny.release --run RUN --evaluation FIGURES --out FOLDER
+
+## Measured
+
+On prompts, melodies and pieces that nothing was trained on. `shuffled` is the same audio against
+other prompts, `clean` is rendered music.
+
+{figures}
+
+## Licence
+
+Apache-2.0, as the project's.
+
+The music was played with FluidR3 GM, which is under the MIT license:
+
+> Copyright (c) 2000-2002, 2008 Frank Wen; 2008 Toby Smithe
+>
+> Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+> associated documentation files (the "Software"), to deal in the Software without restriction,
+> including without limitation the rights to use, copy, modify, merge, publish, distribute,
+> sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
+> furnished to do so, subject to the following conditions:
+>
+> The above copyright notice and this permission notice shall be included in all copies or
+> substantial portions of the Software.
+>
+> THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+> NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+> NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
+> DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT
+> OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+"""
+
+
+def model_card(
+    shape: Mapping[str, Any],
+    counts: Mapping[str, int],
+    log: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+) -> str:
+    """The card, in Markdown.
+
+    Args:
+        shape: `dim`, `layers` and `context` of the language model, and `piece`, seconds of those
+            that it was trained on.
+        counts: parameters of `lm`, `codec` and `t5`.
+        log: the line of the run's log that the weights are of.
+        evaluation: figures of `tools.tiny.evaluate`.
+    """
+    millions = {name: count / 1e6 for name, count in counts.items()}
+    return _CARD.format(
+        leads=len(LEADS),
+        styles=len(STYLES),
+        figures="\n".join(_table(name, part) for name, part in evaluation.items()),
+        heard=log["heard_hours"],
+        **{name: log[name] for name in ("hours", "loss", "text", "other_text", "nothing")},
+        **millions,
+        **shape,
+    )
+
+
+def _table(name: str, figures: Any) -> str:
+    """One part's figures, a row for each; those in groups side by side."""
+    if not isinstance(figures, Mapping):
+        return f"`{name}`: {figures}\n"
+    groups = {key: value for key, value in figures.items() if isinstance(value, Mapping)}
+    plain = {key: value for key, value in figures.items() if key not in groups}
+    lines = [f"### {name}", ""]
+    if plain:
+        lines += ["| figure | value |", "|---|---|"]
+        lines += [f"| {key} | {value} |" for key, value in plain.items()]
+        lines.append("")
+    if groups:
+        lines += ["| | " + " | ".join(groups) + " |", "|---|" + "---|" * len(groups)]
+        for row in next(iter(groups.values())):
+            cells = " | ".join(str(group[row]) for group in groups.values())
+            lines.append(f"| {row} | {cells} |")
+        lines.append("")
+    return "\n".join(lines)

@@ -1,0 +1,380 @@
+"""Train the language model and the text encoder of the bundled `tiny` release.
+
+    python -m tools.tiny.lm --data FOLDER --codec FILE --out FOLDER --hours H [--resume]
+
+It trains from nothing on what `tools.tiny.dataset` has made. The folder gets `release/`, the
+averaged weights at the lowest loss on pieces that are not trained on, as a release that `MusicGen`
+loads; `log.jsonl`, a line for each evaluation; and a checkpoint, from which `--resume` goes on
+after whatever ended the run. Hours are those that the cores work for it: a run that shares the
+machine takes longer. A run that is resumed with other hours comes to its end sooner or later.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from omegaconf import OmegaConf
+from transformers.utils import logging
+
+from audiocraft.errors import AudiocraftError, InputError
+from audiocraft.models.builders import get_lm_model
+from audiocraft.modules.conditioners import T5Conditioner
+from audiocraft.modules.precision import offered_precisions
+from audiocraft.solvers.checkpoints import (
+    find_checkpoint,
+    load_state,
+    read_notes,
+    save_checkpoint,
+    work_folder,
+)
+from audiocraft.solvers.conditions import (
+    Drops,
+    Metadata,
+    condition_settings,
+    parse_metadata,
+)
+from audiocraft.solvers.musicgen import Clip, Trainer, TrainSettings, Update
+from audiocraft.solvers.optimizers import OptimizerSettings
+from tools.synthetic_music.pieces import Piece
+from tools.synthetic_music.rendering import RATE
+from tools.tiny.codec import join, split
+from tools.tiny.config import MELODY, TEXT, Shape, lm_config
+from tools.tiny.dataset import (
+    HELD_OUT,
+    TRAINED,
+    Music,
+    extractor,
+    grid,
+    load_music,
+    load_settings,
+    stereo_codec,
+)
+from tools.tiny.release import RELEASE, write_release
+from tools.tiny.text_encoder import make_text_encoder
+
+SEED: Final = 2036
+
+_NICE: Final = 10
+_THREADS: Final = 2
+_WARM_UP: Final = 200  # updates
+_TRIAL: Final = 50  # updates after which it is known how many there will be
+_REPORT_SECONDS: Final = 600  # from evaluation to evaluation
+_SAVE_SECONDS: Final = 180
+_MEASURED: Final = 48  # crops
+_ANY_LENGTH: Final = 1000  # words
+_BEGINNINGS: Final = 0.2  # share of crops that are the beginning of a piece
+
+
+class Crops:
+    """Crops of pieces with their descriptions; those of an update depend on its number alone.
+
+    Args:
+        music: encoded.
+        context: seconds of a crop.
+        frame_rate: of the codes.
+    """
+
+    def __init__(self, music: Music, context: float, frame_rate: float) -> None:
+        self._music = music
+        self._samples = round(context * RATE)
+        self._frames = round(context * frame_rate)
+        frame = round(RATE / frame_rate)
+        self._step = grid(extractor(), frame) // frame
+        self._lengths = [np.array([len(t.split()) for t in texts]) for texts in music.texts]
+        self._metadata = [_metadata(piece) for piece in music.pieces]
+        self._one_hot = torch.eye(12)
+        # Each pass is in an order of its own, and a batch is of one or two of them.
+        self._order = lru_cache(2)(self._shuffled)
+
+    def batch(self, update: int, size: int) -> list[Clip]:
+        """The crops of an update, numbered from 1.
+
+        A description has at most as many words as that of the first: texts are padded to the
+        longest of their batch, and a prompt for generation mostly is alone in its own.
+        """
+        random = np.random.default_rng([SEED, update])
+        clips: list[Clip] = []
+        longest = _ANY_LENGTH
+        for place in range((update - 1) * size, update * size):
+            number, index = divmod(place, len(self._music.pieces))
+            row = int(self._order(number)[index])
+            crop = int(random.integers(self._music.chroma.shape[1]))
+            if random.random() < _BEGINNINGS:
+                crop = 0
+            lengths = self._lengths[row]
+            fitting = np.flatnonzero(lengths <= max(longest, lengths.min()))
+            wording = int(random.choice(fitting))
+            longest = lengths[wording] if not clips else longest
+            clips.append(self._clip(row, crop, wording))
+        return clips
+
+    def measured(self, count: int) -> list[Clip]:
+        """The same crops always, of the first pieces, each with the first of its descriptions."""
+        crops = self._music.chroma.shape[1]
+        return [self._clip(row, row * 7 % crops, 0) for row in range(count)]
+
+    def _shuffled(self, number: int) -> NDArray[np.int64]:
+        return np.random.default_rng([SEED, 0, number]).permutation(len(self._music.pieces))
+
+    def _clip(self, row: int, crop: int, wording: int) -> Clip:
+        begin = crop * self._step
+        codes = self._music.codes[row, :, begin : begin + self._frames].astype(np.int64)
+        classes = self._music.chroma[row, crop].astype(np.int64)
+        return Clip(
+            f"{self._music.pieces[row].name} {crop}",
+            torch.from_numpy(codes),
+            self._frames,
+            self._music.texts[row][wording],
+            self._metadata[row],
+            self._one_hot[torch.from_numpy(classes)],
+            self._samples,
+        )
+
+
+def _metadata(piece: Piece) -> Metadata:
+    return parse_metadata({
+        "key": piece.key,
+        "bpm": piece.bpm,
+        "genre": piece.style,
+        "instrument": ", ".join([piece.lead, *piece.band]),
+    })  # fmt: skip
+
+
+def evaluate(trainer: Trainer, clips: Sequence[Clip]) -> dict[str, Any]:
+    """Losses of the averaged weights, in nats per code, and what conditions are worth.
+
+    Args:
+        trainer: of the model.
+        clips: not trained on.
+
+    Returns:
+        `loss` with text and melody, and `per_codebook`; `text`, without the melody; `other_text`,
+        the same with another clip's text; `nothing`, with no condition.
+    """
+    no_melody = Drops(wav=frozenset({MELODY}))
+    others = [
+        replace(clip, description=other.description)
+        for clip, other in zip(clips, [*clips[1:], clips[0]], strict=True)
+    ]
+    both = trainer.evaluate(clips)
+    return {
+        "loss": round(float(both.total), 4),
+        "per_codebook": [round(value, 3) for value in both.per_codebook.tolist()],
+        "text": round(float(trainer.evaluate(clips, drops=no_melody).total), 4),
+        "other_text": round(float(trainer.evaluate(others, drops=no_melody).total), 4),
+        "nothing": round(float(trainer.evaluate(clips, drops=Drops(everything=True)).total), 4),
+    }
+
+
+class Run:
+    """A training in its folder.
+
+    Args:
+        folder: of the run.
+        data: of the dataset.
+        codec: its weights.
+        hours: of work, all starts together.
+        shape: what is trained.
+        device: where.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        data: Path,
+        codec: Path,
+        hours: float,
+        shape: Shape,
+        device: torch.device,
+    ) -> None:
+        self.folder = folder
+        self.codec = codec
+        self.seconds = 3600 * hours
+        self.shape = shape
+        settings, model = load_settings(data), stereo_codec(codec)
+        music, rate = load_music(data, TRAINED), model.frame_rate
+        self.crops = Crops(music, settings.context, rate)
+        self.context = settings.context
+        held_out = load_music(data, HELD_OUT)
+        self.measured = Crops(held_out, self.context, rate).measured(
+            min(_MEASURED, len(held_out.pieces))
+        )
+        if not (folder / "t5").is_dir():
+            make_text_encoder(folder / "t5")
+        torch.manual_seed(SEED)
+        cfg = OmegaConf.create(lm_config(shape, self.context, model.cardinality))
+        self.trainer = Trainer(
+            get_lm_model(cfg, folder / "t5").to(device),
+            TrainSettings(
+                updates=10**9,  # for now; the rate rises at first, however many there are
+                batch_size=shape.batch_size,
+                micro_batch=shape.batch_size,
+                seed=SEED,
+                optimizer=OptimizerSettings("adamw", shape.lr),
+                warmup=_WARM_UP,
+                conditions=condition_settings(cfg),
+                bfloat16="bfloat16" in offered_precisions(device),
+                text_encoder=True,
+            ),
+        )
+        self.best: float | None = None
+        self._planned = False
+        self._before = -self._clock()
+
+    def resume(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            InputError: it is of another shape.
+        """
+        notes = read_notes(checkpoint)
+        if notes["shape"] != asdict(self.shape):
+            raise InputError(
+                f"The run has the shape {notes['shape']}: give the same, or no --resume."
+            )
+        parts = [load_state(checkpoint, part) for part in range(notes["parts"])]
+        self.trainer.load_state_dict(join(parts))
+        self.best = notes["best"]
+        self._before = notes["spent"] - self._clock()
+        if notes["updates"] is not None and notes["seconds"] == self.seconds:
+            self.plan(notes["updates"])
+
+    def train(self, stop_after: float | None = None) -> bool:
+        """Train until the time is spent.
+
+        Args:
+            stop_after: seconds of this start.
+
+        Returns:
+            Whether the run is at its end.
+        """
+        began = reported = saved = time.monotonic()
+        recent: list[Update] = []
+        trainer, size = self.trainer, self.shape.batch_size
+        while trainer.update < trainer.settings.updates:
+            number = trainer.update + 1
+            trainer.train(self.crops.batch(number, size), recent.append, number)
+            if not self._planned and number >= _TRIAL:
+                left = max(0.0, self.seconds - self.spent())
+                self.plan(number + round(left * number / self.spent()))
+            now = time.monotonic()
+            if number == trainer.settings.updates or now - reported > _REPORT_SECONDS:
+                self._report(recent, now - reported)
+                reported, recent = time.monotonic(), []
+            stopped = stop_after is not None and now - began > stop_after
+            if stopped or number == trainer.settings.updates or now - saved > _SAVE_SECONDS:
+                self._save()
+                saved = time.monotonic()
+            if stopped:
+                return False
+        return True
+
+    def spent(self) -> float:
+        """Seconds of work, this start and those before."""
+        return self._before + self._clock()
+
+    def _clock(self) -> float:
+        """Of the cores that work, or of a GPU that nobody shares."""
+        if self.trainer.lm.device.type == "cuda":
+            return time.monotonic()
+        return time.process_time() / _THREADS
+
+    def plan(self, updates: int) -> None:
+        """Make so many updates in all."""
+        self.trainer.settings = replace(self.trainer.settings, updates=updates)
+        self._planned = True
+
+    def _report(self, recent: Sequence[Update], clock: float) -> None:
+        measures = evaluate(self.trainer, self.measured)
+        if self.best is None or measures["loss"] < self.best:
+            self.best = measures["loss"]
+            self.export(self.folder / RELEASE)
+        music = len(recent) * self.shape.batch_size * self.context
+        line = {
+            "update": self.trainer.update,
+            "updates": self.trainer.settings.updates,
+            "hours": round(self.spent() / 3600, 3),
+            "heard_hours": round(
+                self.trainer.update * self.shape.batch_size * self.context / 3600, 2
+            ),
+            "times_real_time": round(music / clock, 1),
+            "lr": float(f"{recent[-1].lr:.3g}"),
+            "grad_norm": round(float(np.mean([update.grad_norm for update in recent])), 3),
+            "trained": round(float(np.mean([float(u.loss.total) for u in recent])), 4),
+            **measures,
+        }
+        text = json.dumps(line)
+        print(text, flush=True)
+        with (self.folder / "log.jsonl").open("a") as log:
+            log.write(text + "\n")
+
+    def export(self, folder: Path) -> None:
+        """Write the averaged weights as a release."""
+        lm = self.trainer.lm
+        assert lm.cfg is not None, "get_lm_model has set it"
+        state = self.trainer.exported_state()
+        assert state is not None, "there is one process"
+        with self.trainer.ema.applied():
+            text = cast("T5Conditioner", lm.condition_provider.conditioners[TEXT])
+            write_release(folder, lm.cfg, state, self.codec, text.load())
+
+    def _save(self) -> None:
+        parts = split(self.trainer.state_dict())
+        notes = {
+            "spent": self.spent(),
+            "seconds": self.seconds,
+            "updates": self.trainer.settings.updates if self._planned else None,
+            "parts": len(parts),
+            "best": self.best,
+            "shape": asdict(self.shape),
+        }
+        for rank, part in reversed(list(enumerate(parts))):  # the first one ends it
+            save_checkpoint(
+                self.folder, self.trainer.update, part, notes, rank=rank, parts=len(parts)
+            )
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder of the dataset")
+    parser.add_argument("--codec", type=Path, required=True, help="weights of the codec")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--hours", type=float, required=True, help="of work")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--resume", action="store_true", help="go on from its checkpoint, if any")
+    parser.add_argument("--stop-after", type=float, help="seconds after which this start ends")
+    for name, value in asdict(Shape()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    given = parser.parse_args()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    os.nice(_NICE)
+    torch.set_num_threads(_THREADS)
+    shape = Shape(**{name: getattr(given, name) for name in asdict(Shape())})
+    try:
+        with work_folder(given.out) as folder:
+            checkpoint = find_checkpoint(folder)
+            if checkpoint is not None and not given.resume:
+                raise InputError(f"{folder} has a checkpoint: give --resume, or another folder.")
+            device = torch.device(given.device)
+            run = Run(folder, given.data, given.codec, given.hours, shape, device)
+            if checkpoint is not None:
+                run.resume(checkpoint)
+            run.train(given.stop_after)
+    except AudiocraftError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
