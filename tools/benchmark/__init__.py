@@ -1,0 +1,1 @@
+"""Speed, memory and start of this package and of its peers: `scripts/benchmark`."""
