@@ -1,18 +1,34 @@
 """What holds for all tests."""
 
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.golden_data import GOLDEN
 
-# Tensors of this size only wait for each other on several threads.
+# Tensors of this size only wait for each other on several threads; and where the threads are more
+# than the cores they spin for each other, which made a training of seconds one of minutes.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m gpu` other files are not imported: a GPU's machine may lack what those need."""
+    if config.option.markexpr != "gpu" or not collection_path.name.startswith("test_"):
+        return None
+    return "mark.gpu" not in collection_path.read_text() or None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips the tests marked gpu where torch has no CUDA device."""
+    """Begins with the files that have slow tests: one left for the end would run alone.
+
+    Skips the tests marked gpu where torch has no CUDA device.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in slow)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu") is not None:

@@ -20,6 +20,7 @@ ROOMS = {
     "generation": {"errors", "modules", "generation"},
     "models": {
         "errors",
+        "progress",
         "modules",
         "quantization",
         "generation",
@@ -28,7 +29,17 @@ ROOMS = {
         "models",
         "__init__",
     },
-    "solvers": {"errors", "progress", "assets", "models", "modules", "data", "solvers"},
+    "solvers": {
+        "errors",
+        "progress",
+        "assets",
+        "models",
+        "modules",
+        "quantization",
+        "data",
+        "solvers",
+        "__init__",
+    },
     "utils": {"errors", "models", "__init__"},
     "serving": {
         "errors",
@@ -53,6 +64,7 @@ HEAVY = [
     "scipy",
     "julius",
     "pydub",
+    "httpx2",
     "torchaudio",
 ]
 
@@ -79,6 +91,11 @@ def imported_rooms(path):
 def test_arrows_point_one_way(path):
     room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     assert set(imported_rooms(path)) <= ROOMS[room] | {room}
+
+
+def test_models_import_without_triton():
+    code = "import sys; sys.modules['triton'] = None; import audiocraft.models"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_models_import_with_the_basic_libraries_alone():

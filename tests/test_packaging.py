@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ PINS = {
 # By import name, where the package's is another.
 PACKAGES = {"yaml": "pyyaml", "essentia": "essentia-tensorflow"}
 # What `pip install .` does not bring, and functions alone import: a notebook is the user's own.
-LAZY = {("utils", "IPython")}
+LAZY = {("generation", "triton"), ("utils", "IPython")}
 
 
 def test_pins_are_exact():
@@ -50,6 +51,10 @@ def test_ranges_cover_the_pins(name):
     (pinned,) = PINS[name].specifier
     assert DECLARED[name].specifier.contains(pinned.version)
     assert str(DECLARED[name].marker).replace("'", '"') == str(PINS[name].marker)
+
+
+# Imported where a GPU is used, by `generation/fused.py`; torch brings Triton where it has a wheel.
+WITH_TRITON = {"kernels.py", "step.py"}
 
 
 def imported_packages(tree, *, lazy=False):
@@ -81,7 +86,7 @@ def test_imports_are_declared():
             package = canonicalize_name(PACKAGES.get(name, name))
             if package in EXTRAS:
                 assert lazy, f"{path} imports {name}, which only the extra `train` brings"
-            elif package not in RANGES:
+            elif package not in RANGES and path.name not in WITH_TRITON:
                 assert lazy, f"{path} imports {name}, which pyproject.toml does not name"
                 assert (room, name) in LAZY
     assert {"torch", "yaml", "soundfile", "IPython"} <= found
@@ -161,10 +166,34 @@ def wheel(python, source, scratch):
     return wheel
 
 
+def needed(requirements):
+    """Distributions that are required here, and that those require in turn."""
+    found, rest = {}, [(line, "") for line in requirements]
+    while rest:
+        line, extra = rest.pop()
+        if line.marker and not line.marker.evaluate({"extra": extra}):
+            continue
+        package = distribution(line.name)
+        for wanted in {"", *line.extras} - found.setdefault(line.name, set()):
+            found[line.name].add(wanted)
+            rest += [(Requirement(text), wanted) for text in package.requires or []]
+    return [distribution(name) for name in found]
+
+
 @pytest.fixture(scope="module")
-def installed(python, source):
-    """Interpreter of the environment with the library: 6 GB."""
-    run(python, "-I", "-m", "pip", "install", "-q", "--no-cache-dir", source)
+def installed(python, wheel):
+    """Interpreter of the environment with the library and what it needs.
+
+    The packages that it needs are linked to where these tests have them: they are 6 GB.
+    """
+    run(python, "-I", "-m", "pip", "install", "-q", "--no-deps", wheel)
+    code = "import sysconfig; print(sysconfig.get_path('purelib'), end='')"
+    site = Path(run(python, "-I", "-c", code))
+    for package in needed(RANGES.values()):
+        for name in {file.parts[0] for file in package.files} - {".."}:
+            if not (site / name).exists():  # a folder that several packages share
+                (site / name).symlink_to(package.locate_file(name))
+    run(python, "-I", "-m", "pip", "check")
     return python
 
 

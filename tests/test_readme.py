@@ -40,6 +40,7 @@ NOT_HERE = {
     "docker": "needs Docker",
     "curl -s https://api.replicate.com": "needs an account",
     "scripts/test": "runs this test",
+    "scripts/benchmark": "takes minutes; tests/tools/test_benchmark.py",
     "scripts/train -i dataset_path=@music.zip": "needs a GPU",
     "scripts/predict -i replicate_weights=@our_sound": "needs what that one makes",
     "scripts/download stereo-melody --train": "tests/serving/test_download.py",
@@ -137,7 +138,7 @@ def folder(tmp_path):
 
 
 def environment(folder: Path, **more: str) -> dict[str, str]:
-    names = ("HOME", "LANG", "PATH")
+    names = ("HOME", "LANG", "OMP_NUM_THREADS", "PATH")
     kept = {name: os.environ[name] for name in names if name in os.environ}
     return {**kept, "AUDIOCRAFT_CACHE_DIR": str(folder / "models"), "HF_HUB_OFFLINE": "1", **more}
 
@@ -151,7 +152,7 @@ def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=900,
     )
 
 

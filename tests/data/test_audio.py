@@ -451,16 +451,14 @@ def test_a_day_of_silence_in_a_megabyte(tmp_path):
 
 # Prints by how many MB the most memory rose, and the loudest frequency in Hz of the first channel.
 READ_A_PIECE = """
-import resource, sys
+import sys
 import soundfile, torch
 from audiocraft.data.audio import audio_read
+from tests.memory import peak_mb
 
-def most():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-before = most()
+before = peak_mb()
 wav, rate = audio_read(sys.argv[1], float(sys.argv[2]), 10)
-rise = most() - before
+rise = peak_mb() - before
 spectrum = torch.fft.rfft(wav[0] * torch.hann_window(wav.shape[1])).abs()
 print(rise, spectrum.argmax().item() * rate / wav.shape[1], wav.shape[1] / rate)
 """

@@ -134,7 +134,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(separator, tmp_path):
 
 # The lightest of demucs' models, at a low rate: so three hours take a minute.
 _LONG = """
-import resource, sys
+import sys
 from pathlib import Path
 import torch
 from demucs.apply import BagOfModels
@@ -143,9 +143,7 @@ from audiocraft.data.chunks import cut, read_chunks
 from audiocraft.data.files import find
 from audiocraft.data.separate import StemFile, Track, separate
 from audiocraft.modules.stems import StemSeparator
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+from tests.memory import peak_mb
 
 source, folder = Path(sys.argv[1]), Path(sys.argv[2])
 model = Demucs(
@@ -161,12 +159,12 @@ def files(name):
 
 torch.set_num_threads(1)
 separate([Track(source.with_name("short.wav"), 60.0, files("short"))], separator)
-before = peak()
+before = peak_mb()
 (clip,) = cut(find(source, folder).files, folder / "decoded").clips
 separate([Track(source, clip.duration, files("long"))], separator)
 for wav, rate in read_chunks(folder / "long.w64", clip.chunks):
     pass
-print(len(clip.chunks), wav.shape[1], rate, peak() - before)
+print(len(clip.chunks), wav.shape[1], rate, round(peak_mb() - before))
 """
 
 

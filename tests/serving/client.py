@@ -17,8 +17,8 @@ from audiocraft.serving.server import CogServer
 
 Answer = tuple[int, Any]
 _JSON = {"Content-Type": "application/json"}
-_SLOT_SECONDS = 5.0
-_REQUEST_SECONDS = 120.0
+_SLOT_SECONDS = 60.0
+_REQUEST_SECONDS = 600.0
 
 
 class Handle:
@@ -102,7 +102,7 @@ class Served:
         """Cancels a prediction or training."""
         return self.request("POST", f"{self.route}/{identifier}/cancel")
 
-    def drop(self, inputs: Mapping[str, Any], *, after: str, seconds: float = 20.0) -> None:
+    def drop(self, inputs: Mapping[str, Any], *, after: str, seconds: float = 120.0) -> None:
         """Asks for a prediction and goes away when a line is seen that the pattern is found in."""
         deadline = time.monotonic() + seconds
         while True:
@@ -120,7 +120,7 @@ class Served:
             finally:
                 connection.close()
 
-    def wait_for(self, pattern: str, seconds: float = 20.0) -> re.Match[str]:
+    def wait_for(self, pattern: str, seconds: float = 120.0) -> re.Match[str]:
         """Waits for a line that the pattern is found in, among those that came already, too."""
         deadline = time.monotonic() + seconds
         while True:

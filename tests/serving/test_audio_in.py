@@ -377,9 +377,10 @@ def test_near_the_end_of_three_hours(service, model, clips, tmp_path, name, argu
 
 # Prints by how many MB the most memory of a request rose over that of a first, short one.
 TWO_REQUESTS = """
-import resource, sys
+import sys
 from pathlib import Path
 from audiocraft.serving.prediction import PredictionRequest, PredictionService
+from tests.memory import peak_mb
 
 def predict(path, start, continuation):
     service.predict(
@@ -392,7 +393,7 @@ def predict(path, start, continuation):
             duration=2,
         )
     )
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_mb()
 
 service = PredictionService()
 for continuation in (False, True):

@@ -14,11 +14,11 @@ def predict(cwd, *arguments):
     return subprocess.run(
         command,
         cwd=cwd,
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
         text=True,
         capture_output=True,
         check=False,
-        timeout=120,
+        timeout=600,
     )
 
 
@@ -44,6 +44,29 @@ def test_the_commands_of_the_readme(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert soundfile.info(tmp_path / "out.flac").frames == 32000
+
+
+def test_weights_of_eight_bits(tmp_path):
+    """Another file than float32's, by the server's environment variable."""
+    inputs = ["-i", "model_version=tiny", "-i", "prompt=piano", "-i", "seed=5", "-i", "duration=2"]
+    for precision in ("int8", "float32"):
+        arguments = [*inputs, "-e", f"PRECISION={precision}", "-o", f"{precision}.wav"]
+        done = predict(tmp_path, *arguments)
+        assert done.returncode == 0, done.stderr
+        assert f", {precision} on cpu, in " in done.stderr
+    exact, eight = (soundfile.read(tmp_path / f"{name}.wav")[0] for name in ("float32", "int8"))
+    assert exact.shape == eight.shape
+    assert (exact != eight).any()
+
+
+def test_a_precision_that_the_device_has_not(tmp_path):
+    done = predict(
+        tmp_path, "-i", "model_version=tiny", "-i", "prompt=piano", "-e", "PRECISION=fp8"
+    )
+    assert done.returncode == 1
+    assert "precision is fp8, cpu offers float32" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_bad_request_is_one_sentence(tmp_path):

@@ -47,7 +47,7 @@ def store(tmp_path, monkeypatch):
 def site(store, tmp_path):
     """A folder of fine-tunes, all with the same name, and of what is none."""
     folder = tmp_path / "site"
-    for name in ("full-1", "full-2", "full-3", "adapter-1", "adapter-2", "adapter-3", "changes"):
+    for name in ("full-1", "full-2", "full-3", "adapter-1", "adapter-2", "adapter-3"):
         (folder / name).mkdir(parents=True)
     for seed in (1, 2, 3):
         full_finetune(store, VERSION, seed + 10, folder / f"full-{seed}/trained_model.tar")
@@ -68,10 +68,14 @@ def alone(weights, kind):
 
 
 def status(pid):
-    """Anonymous memory in MB, threads and open files of a process."""
+    """Anonymous memory in MB, threads and open files of a process.
+
+    Cog's own threads are left out: it has as many as its work needs at the time.
+    """
     text = Path(f"/proc/{pid}/status").read_text()
     memory = int(text.split("RssAnon:")[1].split()[0]) / 1024
-    threads = int(text.split("Threads:")[1].split()[0])
+    names = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/comm")]
+    threads = sum(not name.startswith("tokio") for name in names)
     return memory, threads, len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
@@ -88,9 +92,11 @@ def content(answer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("validator", ["etag", "last-modified"])
-def test_two_hundred_mixed_requests(validator, store, site):
-    """Over the base, three full fine-tunes and three adapters, and a URL whose content changes."""
+def test_two_hundred_mixed_requests(store, site):
+    """Over the base, three full fine-tunes and three adapters, and URLs whose content changes.
+
+    One of them tells its content by an ETag, the other by the time that it was changed.
+    """
     names = [f"{kind}-{seed}" for kind in ("full", "adapter") for seed in (1, 2, 3)]
     weights = {
         name: {"replicate_weights": str(site / name / "trained_model.tar")} for name in names
@@ -105,9 +111,8 @@ def test_two_hundred_mixed_requests(validator, store, site):
     environment = {
         "AUDIOCRAFT_CACHE_DIR": str(store),
         "ALLOW_LOCAL_FILES": "1",
-        "OMP_NUM_THREADS": "1",
     }
-    changing = None
+    changing = {}
     failures = {
         "half": "replicate_weights: .*",
         "text": r"replicate_weights \(trained_model.tar\) is not a file of MusicGen weights",
@@ -118,18 +123,19 @@ def test_two_hundred_mixed_requests(validator, store, site):
         server.files["/half/trained_model.tar"] = File(half, etag='"1"', cuts=[20_000] * 1000)
         modified = time.time() - 10_000
         for number in range(200):
-            name = choose.choice([*weights, "changes"])
-            if name == "changes":
+            name = choose.choice([*weights, "etag", "last-modified"])
+            if name in {"etag", "last-modified"}:
                 now = choose.choice(names)
                 file = File((site / now / "trained_model.tar").read_bytes())
-                if validator == "etag":
+                if name == "etag":
                     file.etag = f'"{now}"'
                 else:
-                    modified += file.content != getattr(changing, "content", None)
+                    modified += now != changing.get(name)
                     file.last_modified = modified
-                server.files["/changes/trained_model.tar"] = changing = file
+                changing[name] = now
+                server.files[f"/{name}/trained_model.tar"] = file
                 kind = choose.choice(kinds[now])
-                inputs = {"replicate_weights": server.url("/changes/trained_model.tar")}
+                inputs = {"replicate_weights": server.url(f"/{name}/trained_model.tar")}
                 wanted = expected[now, kind]
             else:
                 kind = choose.choice(kinds[name])

@@ -351,7 +351,7 @@ def test_streams_that_are_closed(
     done = subprocess.run(
         ["bash", "-c", script, sys.executable, COMMAND, str(project)],
         cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,

@@ -6,17 +6,22 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from audiocraft.assets.store import PARTS
 from audiocraft.errors import InputError, WeightsError
 from audiocraft.models import MusicGen
 from audiocraft.models.builders import get_lm_model
 from audiocraft.models.finetunes import read_finetune
 from audiocraft.models.versions import VERSIONS
+from audiocraft.modules.linear import int8_supported
+from audiocraft.modules.precision import int8_bytes
 from audiocraft.serving.models import ModelCache, Selection, available_memory
 from tests.golden_data import GOLDEN
 from tests.releases import adapter, full_finetune, read_release, stand_in
+from tools.make_diffusion import write_diffusion
 
 RELEASED = [name for name in VERSIONS if name != "tiny"]
 CPU = torch.device("cpu")
+needs_int8 = pytest.mark.skipif(not int8_supported(), reason="this CPU's torch has no int8 kernels")
 
 
 @pytest.fixture
@@ -99,6 +104,27 @@ def test_fine_tunes_beside_their_base(store, tmp_path):
     assert cache.used < 4 * alone
 
 
+@needs_int8
+def test_eight_bits(store, tmp_path):
+    """A version, an adapter and a full fine-tune, each as it is when it is loaded alone."""
+    stand_in(store, "small", 1, size=(128, 2))
+    cache = ModelCache(CPU, precision="int8")
+    exact = ModelCache(CPU)
+    lora = tuned(adapter(store, "small", 2, tmp_path / "a.safetensors"))
+    full = tuned(full_finetune(store, "small", 3, tmp_path / "b.safetensors"))
+    names = ("small", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"))
+    for selection, name in zip((Selection("small"), lora, full), names, strict=True):
+        heard = tokens(cache.get(selection))
+        alone = MusicGen.get_pretrained(name, device="cpu", precision="int8")
+        assert heard == tokens(alone)
+    model = cache.get(lora)
+    cache.evict_others(model)
+    exact.evict_others(exact.get(lora))
+    weights = int8_bytes(model.lm)
+    assert weights > 100_000
+    assert exact.used - cache.used == 3 * weights
+
+
 def test_an_adapter_where_its_base_has_no_room_beside_it(store, tmp_path):
     """The base gives way; what is heard is the same."""
     stand_in(store, "small", 1, size=(256, 4))
@@ -129,6 +155,37 @@ def test_what_does_not_fit_is_refused_and_nothing_is_lost(store):
     ):
         cache.get(Selection("large"))
     assert tokens(cache.get(Selection("small"))) == expected
+
+
+def test_the_diffusion_makes_room_and_comes_again(store):
+    stand_in(store, "small", 1)
+    stand_in(store, "large", 2, size=(512, 6))
+    repo_id, (filename,) = PARTS["mbd"]
+    (store / repo_id).mkdir()
+    write_diffusion(store / repo_id / filename, 16, 2, hidden=8, depth=3, growth=2)
+    cache = ModelCache(CPU)
+    small = cache.get(Selection("small"))
+    alone = cache.used
+    bands = cache.diffusion(small).DPs
+    with_bands = cache.used
+    assert with_bands - alone == sum(
+        weight.nbytes for band in bands for weight in band.model.parameters()
+    )
+    cache.get(Selection("large"))
+    everything = cache.used
+
+    tight = ModelCache(CPU, everything - (with_bands - alone) // 2)
+    tight.diffusion(tight.get(Selection("small")))
+    tight.get(Selection("large"))
+    assert tight.used == everything - (with_bands - alone)
+    tight.diffusion(tight.get(Selection("large")))  # `small` gives way
+    assert tight.used == everything - alone
+
+    small_only = ModelCache(CPU, alone + (with_bands - alone) // 2)
+    expected = tokens(small_only.get(Selection("small")))
+    with pytest.raises(InputError, match=r"^multi_band_diffusion needs 0\.0 GB of memory, 0\.0 GB"):
+        small_only.diffusion(small_only.get(Selection("small")))
+    assert tokens(small_only.get(Selection("small"))) == expected
 
 
 def test_a_failed_load_leaves_what_was_served(store, tmp_path):

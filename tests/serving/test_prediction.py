@@ -158,10 +158,6 @@ def test_progress_is_logged_with_the_time_left(service, caplog):
             {"prompt": "x", "replicate_weights": "no/such/file"},
             "replicate_weights: ",
         ),
-        (
-            {"prompt": "x", "multi_band_diffusion": True},
-            "multi_band_diffusion is not supported yet",
-        ),
         ({"continuation_start": 2, "continuation_end": 2}, "continuation_start is 2 s"),
         ({"continuation_start": 5}, "continuation_start is 5 s, but input_audio has only 4.00 s"),
         ({"continuation_end": 5}, "continuation_end is 5 s, but input_audio has only 4.00 s"),

@@ -101,7 +101,7 @@ def test_a_fine_tune_becomes_a_release(kind, store, tmp_path):
         for ours, theirs in zip(heard(out), heard(weights), strict=True):
             assert torch.equal(ours, theirs)
     elif kind == "adapter":
-        tuned, _ = load_any(str(weights), "cpu")
+        tuned, _ = load_any(str(weights), "cpu", "float32")
         for key, value in tuned.state_dict().items():
             torch.testing.assert_close(lm.state_dict()[key], value, rtol=1e-3, atol=1e-3)
             assert torch.equal(lm.state_dict()[key], value.half().float())
