@@ -24,6 +24,13 @@ from audiocraft.quantization.training import (
     forget,
     quantize_and_learn,
 )
+from audiocraft.solvers.discriminators import (
+    Discriminators,
+    DiscriminatorSettings,
+    adversarial_loss,
+    discriminator_loss,
+    feature_loss,
+)
 from audiocraft.solvers.ema import Ema
 from audiocraft.solvers.optimizers import load_optimizer_state, optimizer_state
 from audiocraft.solvers.schedules import set_lr
@@ -47,11 +54,15 @@ class CodecSettings:
         betas: of AdamW.
         weight_decay: of AdamW, decoupled, times the learning rate.
         windows: samples of each scale of the loss on spectra.
-        shares: of the gradient that the decoder's output gets, of each loss.
+        shares: of the gradient that the decoder's output gets, of each loss: `time`, `spectrum`,
+            and with discriminators `adversarial` and `features`.
         commitment: weight of the commitment loss.
         codebooks: how they are learnt.
         max_norm: gradients longer than this are scaled down to it.
         bfloat16: compute encoder and decoder in 16 bit, under autocast.
+        decoder_only: encoder and codebooks stay as they are, and codes with them.
+        discriminators: that decoded audio is judged by; none if not given.
+        discriminator_betas: of their AdamW, at the same learning rate.
     """
 
     seed: int = 0
@@ -63,6 +74,9 @@ class CodecSettings:
     codebooks: CodebookSettings = field(default_factory=CodebookSettings)
     max_norm: float = 100.0
     bfloat16: bool = False
+    decoder_only: bool = False
+    discriminators: DiscriminatorSettings | None = None
+    discriminator_betas: tuple[float, float] = (0.5, 0.9)
 
 
 @dataclass(frozen=True)
@@ -71,7 +85,8 @@ class CodecUpdate:
 
     Attributes:
         number: from 1.
-        losses: `time`, `spectrum` and `commitment`, not weighted.
+        losses: those that have shares and, if there are such, `commitment` and `discriminator`, not
+            weighted.
         grad_norm: before clipping.
     """
 
@@ -139,7 +154,8 @@ class Trainer:
     The losses on decoded audio are L1 in time and `MultiScaleMelLoss`. Their gradients are balanced
     as EnCodec's are (Defossez et al. 2022, section 3.4): each is divided by a moving average of its
     length at the decoder's output and multiplied by its share, so that shares mean the same
-    whatever the losses' units are.
+    whatever the losses' units are. Discriminators learn from what the codec decodes in the same
+    update as it learns from them.
 
     Args:
         model: on its device, float32.
@@ -157,15 +173,23 @@ class Trainer:
         self._random = not trained
         if not trained:
             forget(model.quantizer)
-        self._weights = dict(model.named_parameters())
+        trained_part = model.decoder if settings.decoder_only else model
+        prefix = "decoder" if settings.decoder_only else ""
+        self._weights = dict(trained_part.named_parameters(prefix))
         self.optimizer = torch.optim.AdamW(
             self._weights.values(), betas=settings.betas, weight_decay=settings.weight_decay
         )
         # Latents and codebooks move together, so they are averaged together.
-        vectors = {n: b for n, b in model.named_buffers() if n.endswith(".embed")}
+        vectors = {n: b for n, b in trained_part.named_buffers() if n.endswith(".embed")}
         self.ema = Ema({**self._weights, **vectors})
         self._norms = dict.fromkeys(settings.shares, 0.0)
         device = next(model.parameters()).device
+        self._judges = self._judges_optimizer = None
+        if settings.discriminators is not None:
+            self._judges = Discriminators(model.sample_rate, settings.discriminators).to(device)
+            self._judges_optimizer = torch.optim.AdamW(
+                self._judges.parameters(), betas=settings.discriminator_betas, weight_decay=0.0
+            )
         self._spectra = MultiScaleMelLoss(model.sample_rate, settings.windows).to(device)
         mel = MelSpectrogram(model.sample_rate, _MEASURED_WINDOW, _MEASURED_MELS).to(device)
         self._log_mel = LogMelDistance(mel)
@@ -184,24 +208,20 @@ class Trainer:
         settings, number = self.settings, self.update + 1
         if self.update == 0 and self._random:
             initialize(self.model, wav)
-        generator = torch.Generator().manual_seed((settings.seed << 32) + number)
+        latent, commitment = self._latent(wav, number)
         with self._autocast(wav):
-            latent = self.model.encoder(wav)
-        quantized = quantize_and_learn(
-            self.model.quantizer, latent.float(), settings.codebooks, generator
-        )
-        with self._autocast(wav):
-            decoded = self.model.decoder(quantized.latent)
+            decoded = self.model.decoder(latent)
         decoded = decoded.float()[..., : wav.shape[-1]]
         losses = self._losses(decoded, wav)
+        others = self._judged(losses, decoded, wav)
         self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(
-            [decoded, settings.commitment * quantized.commitment],
-            [self._balanced(decoded, losses), None],
-        )
+        roots, gradients = [decoded], [self._balanced(decoded, losses), None]
+        if commitment is not None:
+            others["commitment"] = commitment
+            roots.append(settings.commitment * commitment)
+        torch.autograd.backward(roots, gradients[: len(roots)])
         norm = torch.nn.utils.clip_grad_norm_(self._weights.values(), settings.max_norm)
-        values = {name: loss.item() for name, loss in losses.items()}
-        values["commitment"] = quantized.commitment.item()
+        values = {name: loss.item() for name, loss in {**losses, **others}.items()}
         update = CodecUpdate(number, values, float(norm))
         for what, value in {**values, "gradient norm": update.grad_norm}.items():
             if not math.isfinite(value):
@@ -209,11 +229,44 @@ class Trainer:
                     f"The {what} of update {number} is {value}: give a lower learning rate, or "
                     "begin from the last checkpoint."
                 )
-        set_lr(self.optimizer, lr)
-        self.optimizer.step()
+        for optimizer in filter(None, (self.optimizer, self._judges_optimizer)):
+            set_lr(optimizer, lr)
+            optimizer.step()
         self.update = number
         self.ema.after(number)
         return update
+
+    def _latent(self, wav: Tensor, number: int) -> tuple[Tensor, Tensor | None]:
+        """What the decoder gets of a batch, and the commitment loss if the encoder learns."""
+        if self.settings.decoder_only:
+            with torch.no_grad():
+                return self.model.decode_latent(self.model.encode(wav)[0]), None
+        generator = torch.Generator().manual_seed((self.settings.seed << 32) + number)
+        with self._autocast(wav):
+            latent = self.model.encoder(wav)
+        quantized = quantize_and_learn(
+            self.model.quantizer, latent.float(), self.settings.codebooks, generator
+        )
+        return quantized.latent, quantized.commitment
+
+    def _judged(self, losses: dict[str, Tensor], decoded: Tensor, wav: Tensor) -> dict[str, Tensor]:
+        """Add the discriminators' losses for the codec, and give them the gradient of their own.
+
+        Returns:
+            Their own loss by its name.
+        """
+        if self._judges is None:
+            return {}
+        with self._autocast(wav):
+            real, made = self._judges(wav.flatten(0, 1)), self._judges(decoded.flatten(0, 1))
+        losses["adversarial"] = adversarial_loss(made)
+        losses["features"] = feature_loss(real, made)
+        own = discriminator_loss(real, made)
+        weights = list(self._judges.parameters())
+        gradients = torch.autograd.grad(own, weights, retain_graph=True)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient
+        return {"discriminator": own}
 
     @torch.no_grad()
     def evaluate(self, clips: Sequence[Tensor]) -> CodecMeasures:
@@ -266,13 +319,17 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """All that the run goes on from; tensors are not copied."""
-        return {
+        state = {
             "update": self.update,
             "model": self.model.state_dict(),
             "optimizer": optimizer_state(self.optimizer),
             "ema": self.ema.state_dict(),
             "norms": dict(self._norms),
         }
+        if self._judges is not None and self._judges_optimizer is not None:
+            state["discriminators"] = self._judges.state_dict()
+            state["discriminators_optimizer"] = optimizer_state(self._judges_optimizer)
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict` of a run with the same settings.
@@ -288,6 +345,9 @@ class Trainer:
                 "the run began with."
             ) from error
         load_optimizer_state(self.optimizer, state["optimizer"])
+        if self._judges is not None and self._judges_optimizer is not None:
+            self._judges.load_state_dict(state["discriminators"])
+            load_optimizer_state(self._judges_optimizer, state["discriminators_optimizer"])
         self.ema.load_state_dict(state["ema"])
         self._norms = dict(state["norms"])
         self.update = int(state["update"])
@@ -305,7 +365,8 @@ class Trainer:
         corrected = 1 - _NORM_DECAY ** (self.update + 1)
         balanced = torch.zeros_like(decoded)
         for name, share in shares.items():
-            (gradient,) = torch.autograd.grad(losses[name], [decoded])
+            # The losses of the discriminators share what is kept for the gradient.
+            (gradient,) = torch.autograd.grad(losses[name], [decoded], retain_graph=True)
             length = float(gradient.flatten(1).norm(dim=1).mean())
             self._norms[name] += (1 - _NORM_DECAY) * (length - self._norms[name])
             balanced += gradient * (share * corrected / max(self._norms[name], 1e-12))

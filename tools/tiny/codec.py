@@ -1,6 +1,7 @@
 """Train the codec of the bundled `tiny` release on synthetic music.
 
-    python -m tools.tiny.codec --out FOLDER --hours H [--begin-from FILE] [--resume]
+    python -m tools.tiny.codec --out FOLDER --hours H [--resume]
+    python -m tools.tiny.codec --out FOLDER --hours H --begin-from FILE --decoder-only [--resume]
 
 Two cores need about two hours. The folder gets `compression_state_dict.safetensors`, the averaged
 weights after the last evaluation; `log.jsonl`, a line for each evaluation on pieces that are not
@@ -19,6 +20,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -42,6 +44,7 @@ from audiocraft.solvers.checkpoints import (
     work_folder,
 )
 from audiocraft.solvers.compression import CodecSettings, CodecUpdate, Trainer
+from audiocraft.solvers.discriminators import DiscriminatorSettings
 from audiocraft.solvers.schedules import lr_factor
 from tools.synthetic_music.pieces import plan
 from tools.synthetic_music.rendering import RATE, rendered
@@ -104,6 +107,11 @@ _ENVIRONMENT = {"GOMP_SPINCOUNT": "10000"}
 _LR = 1e-3
 # With most of it on time, the waveform of the low notes comes first and timbre is lost.
 _SHARES = {"time": 0.15, "spectrum": 0.85}
+# A decoder that learns from spectra alone smooths what it cannot tell: above some kilohertz all
+# instruments sound alike. Below, it follows the waveform, and should go on to.
+_DISCRIMINATORS = DiscriminatorSettings(windows=(2048, 512), filters=16, lowest=1000.0)
+_JUDGED_SHARES = {"time": 0.15, "spectrum": 0.35, "adversarial": 0.2, "features": 0.3}
+_DECODER_LR = 5e-4
 _WARM_UP_SECONDS = 30
 _REPORT_SECONDS = 240  # of the clock, from evaluation to evaluation
 
@@ -227,9 +235,16 @@ class Run:
         folder: of the run.
         hours: that two cores are to work, all starts together.
         begin_from: weights of an earlier run, if any.
+        decoder_only: train the decoder alone, against discriminators; codes stay what they are.
     """
 
-    def __init__(self, folder: Path, hours: float, begin_from: Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        hours: float,
+        begin_from: Path | None = None,
+        decoder_only: bool = False,
+    ) -> None:
         self.folder = folder
         self.seconds = 3600 * hours
         torch.manual_seed(TRAINED_SEED)
@@ -240,6 +255,15 @@ class Run:
             _load(model, begin_from)
         bfloat16 = "bfloat16" in offered_precisions(torch.device("cpu"))
         settings = CodecSettings(seed=TRAINED_SEED, shares=_SHARES, bfloat16=bfloat16)
+        self.lr = _LR
+        if decoder_only:
+            settings = replace(
+                settings,
+                decoder_only=True,
+                shares=_JUDGED_SHARES,
+                discriminators=_DISCRIMINATORS,
+            )
+            self.lr = _DECODER_LR
         self.trainer = Trainer(model, settings, trained=begin_from is not None)
         self._before = -self._working()
 
@@ -264,7 +288,7 @@ class Run:
         reported = time.monotonic()
         for wav in loader:
             spent = round(self.spent())
-            lr = _LR * lr_factor("cosine", spent + 1, _WARM_UP_SECONDS, round(self.seconds))
+            lr = self.lr * lr_factor("cosine", spent + 1, _WARM_UP_SECONDS, round(self.seconds))
             recent.append(self.trainer.train(wav, lr))
             done = self.spent() >= self.seconds
             if done or time.monotonic() - reported > _REPORT_SECONDS:
@@ -320,6 +344,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--hours", type=float, required=True, help="that two cores are to work")
     parser.add_argument("--begin-from", type=Path, help="weights of an earlier run to train on")
+    parser.add_argument(
+        "--decoder-only", action="store_true", help="train the decoder against discriminators"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from its checkpoint, if any")
     parser.add_argument("--threads", type=int, default=_CORES, help="fewer on a busy machine")
     arguments = parser.parse_args()
@@ -333,7 +360,7 @@ def main() -> None:
             checkpoint = find_checkpoint(folder)
             if checkpoint is not None and not arguments.resume:
                 raise InputError(f"{folder} has a checkpoint: give --resume, or another folder.")
-            run = Run(folder, arguments.hours, arguments.begin_from)
+            run = Run(folder, arguments.hours, arguments.begin_from, arguments.decoder_only)
             if checkpoint is not None:
                 run.resume(checkpoint)
             run.train()
