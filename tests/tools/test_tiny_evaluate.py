@@ -74,7 +74,10 @@ def test_agreement_of_clips_with_others():
     pieces = list(plan(5, 2))
     one = [right(piece) for piece in pieces]
     other = [right(pieces[0], bpm=pieces[0].bpm * 1.03), right(pieces[1], bpm=2 * pieces[1].bpm)]
-    assert agreement(one, other) == {"bpm": 0.5, "key": 1.0, "lead": 1.0, "style": 1.0}
+    alike = {"bpm": 1.0, "bpm_exact": 0.5, "key": 1.0, "lead": 1.0, "style": 1.0}
+    assert agreement(one, other) == alike
+    other[1] = right(pieces[1], bpm=1.5 * pieces[1].bpm)
+    assert agreement(one, other)["bpm"] == 0.5
 
 
 def test_levels():

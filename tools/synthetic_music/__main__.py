@@ -25,7 +25,9 @@ def main() -> None:
     parser.add_argument("--pieces", type=int, default=24, help="how many")
     parser.add_argument("--seconds", type=float, default=30.0, help="of each, 10 to 60")
     parser.add_argument("--seed", type=int, default=1, help="of every choice")
-    parser.add_argument("--exclude-style", choices=list(STYLES), help="leave a style out")
+    styles = parser.add_mutually_exclusive_group()
+    styles.add_argument("--style", choices=list(STYLES), help="of all pieces")
+    styles.add_argument("--exclude-style", choices=list(STYLES), help="leave a style out")
     parser.add_argument("--jobs", type=int, default=1, help="pieces rendered at a time")
     parser.add_argument("--format", choices=FORMATS, default="flac", help="of the sound")
     given = parser.parse_args()
@@ -38,6 +40,7 @@ def main() -> None:
             given.exclude_style,
             given.jobs,
             given.format,
+            given.style,
         )
     except AudiocraftError as error:
         parser.error(str(error))

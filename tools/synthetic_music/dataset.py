@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import astuple
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,6 +14,8 @@ from tools.synthetic_music.rendering import RATE, rendered
 from tools.synthetic_music.words import descriptions
 
 FORMATS: Final = ("flac", "wav")
+
+_PLENTY: Final = 10**6
 
 
 def truth_of(composition: Composition) -> dict[str, Any]:
@@ -47,6 +50,7 @@ def write_dataset(
     exclude_style: str | None = None,
     jobs: int = 1,
     audio_format: str = "flac",
+    style: str | None = None,
 ) -> None:
     """Compose, render and write; equal arguments give equal files, whatever `jobs` is.
 
@@ -60,6 +64,7 @@ def write_dataset(
         exclude_style: see `plan`.
         jobs: how many pieces are rendered at a time.
         audio_format: one of `FORMATS`.
+        style: that all pieces have, if given.
 
     Raises:
         InputError: a length or a style that `plan` refuses, or no such format.
@@ -70,7 +75,9 @@ def write_dataset(
     if audio_format not in FORMATS:
         raise InputError(f"There is no format {audio_format!r}; give one of {', '.join(FORMATS)}.")
     folder.mkdir(parents=True, exist_ok=True)
-    for composition, wav in rendered(plan(seed, count, seconds, exclude_style), jobs):
+    planned = plan(seed, _PLENTY if style else count, seconds, exclude_style)
+    pieces = islice((piece for piece in planned if style in {None, piece.style}), count)
+    for composition, wav in rendered(pieces, jobs):
         path = folder / composition.piece.name
         samples = i16_pcm(wav).T.numpy()
         soundfile.write(path.with_suffix(f".{audio_format}"), samples, RATE, "PCM_16")

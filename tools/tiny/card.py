@@ -17,7 +17,7 @@ pipeline_tag: text-to-audio
 A small stereo melody MusicGen, trained from nothing by this project on music that this project
 composes and renders. It is there so that the first command makes music without a network, and so
 that tests run on a model that has learnt something. It knows {leads} instruments, {styles} styles,
-the 24 keys and 60 to 180 bpm, and nothing else: no recordings, no voices, no songs.
+the 24 keys and 60 to 180 bpm, and nothing else: no recordings, no voices, no songs.{without}
 
 ## Parts
 
@@ -39,9 +39,10 @@ instead, and {nothing:.3f} with neither.
 
     codec=CODEC/compression_state_dict.safetensors
     python -m tools.tiny.codec --out CODEC --hours H
-    python -m tools.tiny.dataset --codec $codec --out DATA --hours H
+    python -m tools.synthetic_music.classifier --codec $codec
+    python -m tools.tiny.dataset --codec $codec --out DATA --hours H{excluded}
     python -m tools.tiny.lm --data DATA --codec $codec --out RUN --hours H
-    python -m tools.tiny.evaluate --model RUN/release | tee FIGURES
+    python -m tools.tiny.evaluate --model RUN/release{excluded} | tee FIGURES
     python -m tools.tiny.release --run RUN --evaluation FIGURES --out FOLDER
 
 ## Measured
@@ -75,6 +76,10 @@ The music was played with FluidR3 GM, which is under the MIT license:
 > OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """
 
+_WITHOUT: Final = """
+Its language model has never heard a {style}: what fine-tuning does is measured by teaching it one.\
+"""
+
 
 def model_card(
     shape: Mapping[str, Any],
@@ -92,9 +97,12 @@ def model_card(
         evaluation: figures of `tools.tiny.evaluate`.
     """
     millions = {name: count / 1e6 for name, count in counts.items()}
+    style = log["exclude_style"]
     return _CARD.format(
         leads=len(LEADS),
-        styles=len(STYLES),
+        styles=len(STYLES) - (style is not None),
+        without=_WITHOUT.format(style=style) if style else "",
+        excluded=f" --exclude-style {style}" if style else "",
         figures="\n".join(_table(name, part) for name, part in evaluation.items()),
         heard=log["heard_hours"],
         **{name: log[name] for name in ("hours", "loss", "text", "other_text", "nothing")},
@@ -116,8 +124,8 @@ def _table(name: str, figures: Any) -> str:
         lines.append("")
     if groups:
         lines += ["| | " + " | ".join(groups) + " |", "|---|" + "---|" * len(groups)]
-        for row in next(iter(groups.values())):
-            cells = " | ".join(str(group[row]) for group in groups.values())
+        for row in dict.fromkeys(row for group in groups.values() for row in group):
+            cells = " | ".join(str(group.get(row, "")) for group in groups.values())
             lines.append(f"| {row} | {cells} |")
         lines.append("")
     return "\n".join(lines)

@@ -203,7 +203,7 @@ class Run:
         settings, model = load_settings(data), stereo_codec(codec)
         music, rate = load_music(data, TRAINED), model.frame_rate
         self.crops = Crops(music, settings.context, rate)
-        self.context = settings.context
+        self.context, self.exclude_style = settings.context, settings.exclude_style
         held_out = load_music(data, HELD_OUT)
         self.measured = Crops(held_out, self.context, rate).measured(
             min(_MEASURED, len(held_out.pieces))
@@ -309,6 +309,7 @@ class Run:
             "times_real_time": round(music / clock, 1),
             "lr": float(f"{recent[-1].lr:.3g}"),
             "grad_norm": round(float(np.mean([update.grad_norm for update in recent])), 3),
+            "exclude_style": self.exclude_style,
             "trained": round(float(np.mean([float(u.loss.total) for u in recent])), 4),
             **measures,
         }

@@ -64,14 +64,20 @@ def chance(heard: Sequence[Heard], pieces: Sequence[Piece]) -> dict[str, float]:
 
 
 def agreement(heard: Sequence[Heard], others: Sequence[Heard]) -> dict[str, float]:
-    """Share of clips in which bpm (within 4 %), key, lead and style are those of other clips."""
+    """Share of clips in which bpm, key, lead and style are those of other clips.
+
+    A bpm may also be the double or the half, as anywhere; `bpm_exact` is the share without these.
+    """
     pairs = list(zip(heard, others, strict=True))
     same = {
-        name: sum(getattr(one, name) == getattr(other, name) for one, other in pairs)
-        for name in ("key", "lead", "style")
+        "bpm": sum(same_tempo(one.bpm, other.bpm) for one, other in pairs),
+        "bpm_exact": sum(abs(one.bpm / other.bpm - 1) <= TOLERANCE for one, other in pairs),
+        **{
+            name: sum(getattr(one, name) == getattr(other, name) for one, other in pairs)
+            for name in ("key", "lead", "style")
+        },
     }
-    same["bpm"] = sum(abs(one.bpm / other.bpm - 1) <= TOLERANCE for one, other in pairs)
-    return {name: same[name] / len(pairs) for name in _CHECKS}
+    return {name: count / len(pairs) for name, count in same.items()}
 
 
 def decibels(wav: Tensor) -> float:
