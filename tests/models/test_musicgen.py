@@ -6,6 +6,7 @@ import torch
 from audiocraft.data.audio_utils import convert_audio
 from audiocraft.errors import InputError
 from audiocraft.models import MusicGen
+from audiocraft.models.versions import VERSIONS
 from tests.golden_data import load, meta
 
 GREEDY = meta("generate_greedy")
@@ -102,7 +103,7 @@ def test_debug_model_beyond_its_context():
 
 def test_tiny_is_a_stereo_melody_model(tiny):
     assert (tiny.frame_rate, tiny.sample_rate, tiny.audio_channels) == (50, 32000, 2)
-    assert tiny.max_duration == 30
+    assert tiny.max_duration == VERSIONS["tiny"].context
     tiny.set_generation_params(duration=1.0, seed=1)
     melody = torch.randn(1, 22050)
     wav = tiny.generate_with_chroma(["a"], melody[None], 22050)
@@ -135,7 +136,7 @@ def test_a_prompt_of_the_whole_context_slides(tiny):
     tiny.max_duration = 2
     tiny.set_generation_params(duration=3, extend_stride=1.5, seed=0)
     wav, tokens = tiny.generate_continuation(torch.randn(1, 2, 64000), 32000, return_tokens=True)
-    tiny.max_duration = 30
+    tiny.max_duration = VERSIONS["tiny"].context
     assert list(wav.shape) == [1, 2, 96000]
     assert list(tokens.shape) == [1, 8, 150]
 
@@ -146,7 +147,7 @@ def test_progress_runs_once_from_start_to_end(tiny):
     tiny.max_duration = 2
     tiny.set_generation_params(duration=3, extend_stride=1.5)
     tiny.generate(["a"], progress=True)
-    tiny.max_duration = 30
+    tiny.max_duration = VERSIONS["tiny"].context
     tiny.set_custom_progress_callback(None)
     total = (100 + 3) + (75 - 25 + 3)
     assert calls == [(done, total) for done in range(1, total + 1)]

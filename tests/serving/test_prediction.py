@@ -10,6 +10,7 @@ import torch
 from audiocraft.data.audio import audio_read, audio_write
 from audiocraft.errors import AudioFileError, InputError
 from audiocraft.models import MusicGen
+from audiocraft.models.versions import VERSIONS
 from audiocraft.serving.models import Selection
 from audiocraft.serving.prediction import PredictionRequest, PredictionService
 
@@ -173,8 +174,10 @@ def test_bad_requests_are_refused(service, song, inputs, message):
 
 
 def test_a_prompt_longer_than_the_context_is_refused(service, tmp_path):
-    long = audio_write(tmp_path / "long", torch.rand(1, 31 * 8000), 8000)
-    with pytest.raises(InputError, match=r"31\.00 s, model_version tiny hears at most 30 s"):
+    context = round(VERSIONS["tiny"].context)
+    long = audio_write(tmp_path / "long", torch.rand(1, (context + 1) * 8000), 8000)
+    sentence = rf"{context + 1}\.00 s, model_version tiny hears at most {context} s"
+    with pytest.raises(InputError, match=sentence):
         service.predict(tiny(input_audio=long, continuation=True, duration=60))
 
 

@@ -8,6 +8,7 @@ import pytest
 
 import metadata
 from audiocraft.errors import InputError
+from audiocraft.models.shapes import shape_of
 from audiocraft.models.versions import VERSIONS
 from audiocraft.serving import training
 from audiocraft.serving.schema import build_schema, input_schema
@@ -17,6 +18,7 @@ from audiocraft.solvers.schedules import SCHEDULES
 
 ROOT = Path(__file__).parents[2]
 SONG = ROOT / "tests/audio/real_song.ogg"
+TINY_DIM = shape_of("tiny").dim
 VOCABULARIES = vocabularies_of(vars(metadata))
 
 
@@ -87,10 +89,10 @@ def refused(**inputs):
             "lora_rank is -1, it must be from 0 to 1000000; 0 trains all weights.",
         ),
         (
-            {"lora_rank": 129, "model_version": "tiny"},
+            {"lora_rank": TINY_DIM + 1, "model_version": "tiny"},
             (
-                "lora_rank is 129, an adapter of tiny can have 1 to 128: beyond, full fine-tuning "
-                "is cheaper, lora_rank=0."
+                f"lora_rank is {TINY_DIM + 1}, an adapter of tiny can have 1 to {TINY_DIM}: "
+                "beyond, full fine-tuning is cheaper, lora_rank=0."
             ),
         ),
         ({"cfg_p": -0.1}, "cfg_p is -0.1, it must be from 0 to 1; 0.3 suits most music."),

@@ -21,6 +21,7 @@ from audiocraft.data.labels import Vocabularies
 from audiocraft.errors import AssetError, InputError, TrainingError
 from audiocraft.models import MusicGen
 from audiocraft.models.finetunes import read_finetune
+from audiocraft.models.shapes import shape_of
 from audiocraft.serving.prediction import PredictionRequest, PredictionService
 from audiocraft.solvers.checkpoints import job_key, work_folder
 from audiocraft.solvers.clips import hold_out, load_clips
@@ -163,8 +164,10 @@ def test_disk_need(tmp_path):
     state, _ = read_safetensors(find_tiny())
     assert base == Base(melody=True, trained=sum(tensor.numel() for tensor in state.values()))
     adapter = fetch_base(replace(SHORT, lora_rank=4))
-    layer = 128 * ((3 + 1) + (1 + 1) + (1 + 4) + (4 + 1))  # in_proj, out_proj, linear1, linear2
-    assert adapter.trained == 4 * 4 * layer
+    shape = shape_of("tiny")
+    # in_proj, out_proj, linear1, linear2
+    layer = shape.dim * ((3 + 1) + (1 + 1) + (1 + 4) + (4 + 1))
+    assert adapter.trained == 4 * shape.num_layers * layer
     free = shutil.disk_usage(tmp_path).free
     enough = Base(melody=False, trained=free // 100)
     check_disk(SHORT, enough, tmp_path, tmp_path / "weights", 0)
