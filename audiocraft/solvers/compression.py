@@ -62,7 +62,8 @@ class CodecSettings:
         bfloat16: compute encoder and decoder in 16 bit, under autocast.
         decoder_only: encoder and codebooks stay as they are, and codes with them.
         discriminators: that decoded audio is judged by; none if not given.
-        discriminator_betas: of their AdamW, at the same learning rate.
+        discriminator_betas: of their AdamW.
+        discriminator_lr: of it, times the codec's.
     """
 
     seed: int = 0
@@ -77,6 +78,7 @@ class CodecSettings:
     decoder_only: bool = False
     discriminators: DiscriminatorSettings | None = None
     discriminator_betas: tuple[float, float] = (0.5, 0.9)
+    discriminator_lr: float = 3.0
 
 
 @dataclass(frozen=True)
@@ -229,9 +231,11 @@ class Trainer:
                     f"The {what} of update {number} is {value}: give a lower learning rate, or "
                     "begin from the last checkpoint."
                 )
-        for optimizer in filter(None, (self.optimizer, self._judges_optimizer)):
-            set_lr(optimizer, lr)
-            optimizer.step()
+        set_lr(self.optimizer, lr)
+        self.optimizer.step()
+        if self._judges_optimizer is not None:
+            set_lr(self._judges_optimizer, settings.discriminator_lr * lr)
+            self._judges_optimizer.step()
         self.update = number
         self.ema.after(number)
         return update

@@ -11,6 +11,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 _DILATIONS = (1, 2, 4)  # over time, of the layers that halve the frequencies
 _SLOPE = 0.2  # of the activations below zero
+_EXPONENT, _LEAST = 0.3, 1e-4  # of the magnitudes that are heard, and below which they are silence
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class SpectrumDiscriminator(nn.Module):
         spectrum = torch.stft(
             wav.float(), size, size // 4, window=self.window, return_complex=True
         )[:, self._first :]
-        x = torch.view_as_real(spectrum / self.window.norm()).permute(0, 3, 2, 1)
+        x = torch.view_as_real(_compressed(spectrum / self.window.norm())).permute(0, 3, 2, 1)
         features = []
         for layer in self.layers:
             x = F.leaky_relu(layer(x), _SLOPE)
@@ -125,11 +126,22 @@ def feature_loss(real: Sequence[Judgement], decoded: Sequence[Judgement]) -> Ten
     return torch.stack(losses).mean()
 
 
+def _compressed(spectrum: Tensor) -> Tensor:
+    """A spectrum with its phases and a power of its magnitudes.
+
+    The highest harmonics are a thousandth of the lowest: of spectra as they are, a discriminator
+    could not tell anything after 200 updates, and of these after 30.
+    """
+    power = torch.view_as_real(spectrum).square().sum(-1) + _LEAST**2
+    return spectrum * power ** ((_EXPONENT - 1) / 2)
+
+
 def _conv(
     inputs: int, outputs: int, kernel: tuple[int, int], stride: int = 1, dilation: int = 1
 ) -> nn.Module:
     """A convolution over (time, frequency) that keeps the frames."""
     padding = (dilation * (kernel[0] // 2), kernel[1] // 2)
     conv = nn.Conv2d(inputs, outputs, kernel, (1, stride), padding, (dilation, 1))
+    nn.init.kaiming_normal_(conv.weight, _SLOPE)  # activations keep their size
     normalized: nn.Module = weight_norm(conv)
     return normalized

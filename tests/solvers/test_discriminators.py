@@ -5,6 +5,7 @@ from audiocraft.solvers.discriminators import (
     Discriminators,
     DiscriminatorSettings,
     Judgement,
+    _compressed,
     adversarial_loss,
     discriminator_loss,
     feature_loss,
@@ -60,6 +61,17 @@ def test_what_is_below_the_lowest_frequency_is_not_heard():
         # The ends, where the tone is mirrored, are left out: they click.
         change = (with_tone - scores)[:, :, 12:-12].abs().max() / scores.std()
         assert bool(change > 0.05) == heard, (pitch, float(change))
+
+
+def test_what_is_faint_is_heard_with_its_phase():
+    spectrum = torch.polar(
+        torch.tensor([1.0, 1e-2, 1e-3, 0.0]), torch.tensor([0.5, 2.0, -3.0, 0.0])
+    )
+    heard = _compressed(spectrum)
+    torch.testing.assert_close(
+        heard.abs(), torch.tensor([1.0, 10**-0.6, 10**-0.9, 0]), rtol=1e-2, atol=0
+    )
+    torch.testing.assert_close(heard.angle(), spectrum.angle())
 
 
 def test_discriminators_learn_to_tell_noise_from_a_tone():

@@ -111,7 +111,7 @@ _SHARES = {"time": 0.15, "spectrum": 0.85}
 # instruments sound alike. Below, it follows the waveform, and should go on to.
 _DISCRIMINATORS = DiscriminatorSettings(windows=(2048, 512), filters=16, lowest=1000.0)
 _JUDGED_SHARES = {"time": 0.15, "spectrum": 0.35, "adversarial": 0.2, "features": 0.3}
-_DECODER_LR = 5e-4
+_DECODER_LR = 3e-4
 _WARM_UP_SECONDS = 30
 _REPORT_SECONDS = 240  # of the clock, from evaluation to evaluation
 
