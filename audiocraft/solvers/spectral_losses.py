@@ -8,7 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 _MELS_PER_SAMPLE = 1 / 8  # of the window: more filters than this have no bin of their own
-_FLOOR = 1e-5  # of magnitudes, below which the logarithm does not look
+_FLOOR = 1e-5  # of magnitudes, below which the measure does not look
+# And the loss. What is softer is heard by nobody, but it would have most of the gradient: a decoder
+# trained on for three minutes came from 5.5 dB of log-mel distance to 5.1 with this, and to no less
+# than 5.4 in an hour with the measure's.
+_LEAST = 1e-3
 _DECIBELS = 20.0
 
 
@@ -65,7 +69,7 @@ class MultiScaleMelLoss(nn.Module):
         loss = decoded.new_zeros(())
         for mel in self.scales:
             ours, theirs = mel(decoded), mel(wav)
-            log_ours, log_theirs = (torch.log(_FLOOR + value) for value in (ours, theirs))
+            log_ours, log_theirs = (torch.log(_LEAST + value) for value in (ours, theirs))
             distance = (log_ours - log_theirs).square().mean(dim=1)  # over the bands
             loss = loss + F.l1_loss(ours, theirs) + (distance + _FLOOR).sqrt().mean()
         return loss / len(self.scales)
