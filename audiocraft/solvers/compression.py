@@ -24,13 +24,6 @@ from audiocraft.quantization.training import (
     forget,
     quantize_and_learn,
 )
-from audiocraft.solvers.discriminators import (
-    Discriminators,
-    DiscriminatorSettings,
-    adversarial_loss,
-    discriminator_loss,
-    feature_loss,
-)
 from audiocraft.solvers.ema import Ema
 from audiocraft.solvers.optimizers import load_optimizer_state, optimizer_state
 from audiocraft.solvers.schedules import set_lr
@@ -54,16 +47,12 @@ class CodecSettings:
         betas: of AdamW.
         weight_decay: of AdamW, decoupled, times the learning rate.
         windows: samples of each scale of the loss on spectra.
-        shares: of the gradient that the decoder's output gets, of each loss: `time`, `spectrum`,
-            and with discriminators `adversarial` and `features`.
+        shares: of the gradient that the decoder's output gets, of each loss.
         commitment: weight of the commitment loss.
         codebooks: how they are learnt.
         max_norm: gradients longer than this are scaled down to it.
         bfloat16: compute encoder and decoder in 16 bit, under autocast.
         decoder_only: encoder and codebooks stay as they are, and codes with them.
-        discriminators: that decoded audio is judged by; none if not given.
-        discriminator_betas: of their AdamW.
-        discriminator_lr: of it, times the codec's.
     """
 
     seed: int = 0
@@ -76,9 +65,6 @@ class CodecSettings:
     max_norm: float = 100.0
     bfloat16: bool = False
     decoder_only: bool = False
-    discriminators: DiscriminatorSettings | None = None
-    discriminator_betas: tuple[float, float] = (0.5, 0.9)
-    discriminator_lr: float = 3.0
 
 
 @dataclass(frozen=True)
@@ -87,8 +73,7 @@ class CodecUpdate:
 
     Attributes:
         number: from 1.
-        losses: those that have shares and, if there are such, `commitment` and `discriminator`, not
-            weighted.
+        losses: `time`, `spectrum` and, where the encoder learns, `commitment`, not weighted.
         grad_norm: before clipping.
     """
 
@@ -156,8 +141,7 @@ class Trainer:
     The losses on decoded audio are L1 in time and `MultiScaleMelLoss`. Their gradients are balanced
     as EnCodec's are (Defossez et al. 2022, section 3.4): each is divided by a moving average of its
     length at the decoder's output and multiplied by its share, so that shares mean the same
-    whatever the losses' units are. Discriminators learn from what the codec decodes in the same
-    update as it learns from them.
+    whatever the losses' units are.
 
     Args:
         model: on its device, float32.
@@ -186,12 +170,6 @@ class Trainer:
         self.ema = Ema({**self._weights, **vectors})
         self._norms = dict.fromkeys(settings.shares, 0.0)
         device = next(model.parameters()).device
-        self._judges = self._judges_optimizer = None
-        if settings.discriminators is not None:
-            self._judges = Discriminators(model.sample_rate, settings.discriminators).to(device)
-            self._judges_optimizer = torch.optim.AdamW(
-                self._judges.parameters(), betas=settings.discriminator_betas, weight_decay=0.0
-            )
         self._spectra = MultiScaleMelLoss(model.sample_rate, settings.windows).to(device)
         mel = MelSpectrogram(model.sample_rate, _MEASURED_WINDOW, _MEASURED_MELS).to(device)
         self._log_mel = LogMelDistance(mel)
@@ -215,15 +193,14 @@ class Trainer:
             decoded = self.model.decoder(latent)
         decoded = decoded.float()[..., : wav.shape[-1]]
         losses = self._losses(decoded, wav)
-        others = self._judged(losses, decoded, wav)
         self.optimizer.zero_grad(set_to_none=True)
         roots, gradients = [decoded], [self._balanced(decoded, losses), None]
         if commitment is not None:
-            others["commitment"] = commitment
+            losses["commitment"] = commitment
             roots.append(settings.commitment * commitment)
         torch.autograd.backward(roots, gradients[: len(roots)])
         norm = torch.nn.utils.clip_grad_norm_(self._weights.values(), settings.max_norm)
-        values = {name: loss.item() for name, loss in {**losses, **others}.items()}
+        values = {name: loss.item() for name, loss in losses.items()}
         update = CodecUpdate(number, values, float(norm))
         for what, value in {**values, "gradient norm": update.grad_norm}.items():
             if not math.isfinite(value):
@@ -233,9 +210,6 @@ class Trainer:
                 )
         set_lr(self.optimizer, lr)
         self.optimizer.step()
-        if self._judges_optimizer is not None:
-            set_lr(self._judges_optimizer, settings.discriminator_lr * lr)
-            self._judges_optimizer.step()
         self.update = number
         self.ema.after(number)
         return update
@@ -252,25 +226,6 @@ class Trainer:
             self.model.quantizer, latent.float(), self.settings.codebooks, generator
         )
         return quantized.latent, quantized.commitment
-
-    def _judged(self, losses: dict[str, Tensor], decoded: Tensor, wav: Tensor) -> dict[str, Tensor]:
-        """Add the discriminators' losses for the codec, and give them the gradient of their own.
-
-        Returns:
-            Their own loss by its name.
-        """
-        if self._judges is None:
-            return {}
-        with self._autocast(wav):
-            real, made = self._judges(wav.flatten(0, 1)), self._judges(decoded.flatten(0, 1))
-        losses["adversarial"] = adversarial_loss(made)
-        losses["features"] = feature_loss(real, made)
-        own = discriminator_loss(real, made)
-        weights = list(self._judges.parameters())
-        gradients = torch.autograd.grad(own, weights, retain_graph=True)
-        for weight, gradient in zip(weights, gradients, strict=True):
-            weight.grad = gradient
-        return {"discriminator": own}
 
     @torch.no_grad()
     def evaluate(self, clips: Sequence[Tensor]) -> CodecMeasures:
@@ -323,17 +278,13 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """All that the run goes on from; tensors are not copied."""
-        state = {
+        return {
             "update": self.update,
             "model": self.model.state_dict(),
             "optimizer": optimizer_state(self.optimizer),
             "ema": self.ema.state_dict(),
             "norms": dict(self._norms),
         }
-        if self._judges is not None and self._judges_optimizer is not None:
-            state["discriminators"] = self._judges.state_dict()
-            state["discriminators_optimizer"] = optimizer_state(self._judges_optimizer)
-        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict` of a run with the same settings.
@@ -349,9 +300,6 @@ class Trainer:
                 "the run began with."
             ) from error
         load_optimizer_state(self.optimizer, state["optimizer"])
-        if self._judges is not None and self._judges_optimizer is not None:
-            self._judges.load_state_dict(state["discriminators"])
-            load_optimizer_state(self._judges_optimizer, state["discriminators_optimizer"])
         self.ema.load_state_dict(state["ema"])
         self._norms = dict(state["norms"])
         self.update = int(state["update"])
@@ -369,8 +317,7 @@ class Trainer:
         corrected = 1 - _NORM_DECAY ** (self.update + 1)
         balanced = torch.zeros_like(decoded)
         for name, share in shares.items():
-            # The losses of the discriminators share what is kept for the gradient.
-            (gradient,) = torch.autograd.grad(losses[name], [decoded], retain_graph=True)
+            (gradient,) = torch.autograd.grad(losses[name], [decoded])
             length = float(gradient.flatten(1).norm(dim=1).mean())
             self._norms[name] += (1 - _NORM_DECAY) * (length - self._norms[name])
             balanced += gradient * (share * corrected / max(self._norms[name], 1e-12))

@@ -12,7 +12,6 @@ from audiocraft.modules.conv import StreamableConv1d, StreamableConvTranspose1d
 from audiocraft.quantization.training import CodebookSettings
 from audiocraft.solvers.checkpoints import load_state, save_checkpoint
 from audiocraft.solvers.compression import CodecSettings, Trainer, initialize
-from audiocraft.solvers.discriminators import DiscriminatorSettings, discriminator_loss
 from tools.synthetic_music.midi import missing
 from tools.tiny import codec as tool
 from tools.tiny.codec import CODEC, Batches, join, split
@@ -22,12 +21,7 @@ SETTINGS = CodecSettings(
     seed=3, windows=(64, 256), codebooks=CodebookSettings(decay=0.9, dropout=0.3)
 )
 
-JUDGED = replace(
-    SETTINGS,
-    shares={"time": 0.2, "spectrum": 0.3, "adversarial": 0.2, "features": 0.3},
-    decoder_only=True,
-    discriminators=DiscriminatorSettings(windows=(128, 64), filters=4),
-)
+DECODER = replace(SETTINGS, decoder_only=True)
 
 
 def config(n_filters=4):
@@ -103,7 +97,7 @@ def test_losses_share_the_gradient_as_they_are_told(time):
     assert torch.allclose(made._balanced(decoded, losses), expected / len(wav), rtol=1e-4)
 
 
-@pytest.mark.parametrize("settings", [SETTINGS, JUDGED, replace(JUDGED, decoder_only=False)])
+@pytest.mark.parametrize("settings", [SETTINGS, DECODER])
 def test_a_resumed_run_is_the_same_to_the_bit(settings, tmp_path):
     straight = trainer(settings)
     for number in range(12):
@@ -149,40 +143,13 @@ def test_a_decoder_learns_alone_and_codes_stay():
     for number in range(10):
         first.train(batch(number), 3e-3)
     before = {name: tensor.clone() for name, tensor in first.model.state_dict().items()}
-    made = Trainer(first.model, JUDGED, trained=True)
+    made = Trainer(first.model, DECODER, trained=True)
     updates = [made.train(batch(number), 1e-3) for number in range(10, 20)]
     for name, tensor in made.exported_state().items():
         assert torch.equal(tensor, before[name].half()) != name.startswith("decoder."), name
     for name, weight in made.model.decoder.named_parameters():
         assert not torch.equal(weight, before[f"decoder.{name}"]), name
-    assert updates[0].losses.keys() == {*JUDGED.shares, "discriminator"}
-
-
-def test_discriminators_get_the_gradient_of_their_own_loss_alone():
-    made, wav = trainer(JUDGED), batch(0)
-    made.train(wav, 1e-3)
-    with torch.no_grad():
-        decoded = made.model.decode(made.model.encode(wav)[0])
-    judges, weights = made._judges, list(made._judges.parameters())
-    own = discriminator_loss(judges(wav[:, 0]), judges(decoded[:, 0]))
-    assert float(own.detach()) == pytest.approx(2, abs=0.2)  # they cannot tell yet
-    expected = torch.autograd.grad(own, weights)
-    update = made.train(wav, 0.0)
-    assert update.losses["discriminator"] == pytest.approx(float(own.detach()))
-    for weight, gradient in zip(weights, expected, strict=True):
-        torch.testing.assert_close(weight.grad, gradient)
-
-
-def test_a_judged_loss_that_is_not_finite_changes_nothing():
-    made = trainer(JUDGED)
-    made.train(batch(0), 1e-3)
-    before = {name: weight.clone() for name, weight in made._judges.named_parameters()}
-    wav = batch(1)
-    wav[0, 0, 0] = math.inf
-    with pytest.raises(TrainingError, match="update 2 is"):
-        made.train(wav, 1e-3)
-    for name, weight in made._judges.named_parameters():
-        assert torch.equal(weight, before[name]), name
+    assert updates[0].losses.keys() == {"time", "spectrum"}
 
 
 def test_a_codec_is_trained_on(tmp_path):

@@ -21,7 +21,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -45,7 +44,6 @@ from audiocraft.solvers.checkpoints import (
     work_folder,
 )
 from audiocraft.solvers.compression import CodecSettings, CodecUpdate, Trainer
-from audiocraft.solvers.discriminators import DiscriminatorSettings
 from audiocraft.solvers.schedules import lr_factor
 from tools.synthetic_music.pieces import plan
 from tools.synthetic_music.rendering import RATE, rendered
@@ -108,11 +106,6 @@ _ENVIRONMENT = {"GOMP_SPINCOUNT": "10000"}
 _LR = 1e-3
 # With most of it on time, the waveform of the low notes comes first and timbre is lost.
 _SHARES = {"time": 0.15, "spectrum": 0.85}
-# A decoder that learns from spectra alone smooths what it cannot tell: above some kilohertz all
-# instruments sound alike. Below, it follows the waveform, and should go on to.
-_DISCRIMINATORS = DiscriminatorSettings(windows=(2048, 512), filters=16, lowest=1000.0)
-_JUDGED_SHARES = {"time": 0.15, "spectrum": 0.35, "adversarial": 0.2, "features": 0.3}
-_DECODER_LR = 3e-4
 _WARM_UP_SECONDS = 30
 _REPORT_SECONDS = 240  # of the clock, from evaluation to evaluation
 
@@ -236,7 +229,7 @@ class Run:
         folder: of the run.
         hours: that two cores are to work, all starts together.
         begin_from: weights of an earlier run, if any.
-        decoder_only: train the decoder alone, against discriminators; codes stay what they are.
+        decoder_only: train the decoder alone; codes stay what they are.
     """
 
     def __init__(
@@ -255,16 +248,9 @@ class Run:
         if begin_from is not None:
             _load(model, begin_from)
         bfloat16 = "bfloat16" in offered_precisions(torch.device("cpu"))
-        settings = CodecSettings(seed=TRAINED_SEED, shares=_SHARES, bfloat16=bfloat16)
-        self.lr = _LR
-        if decoder_only:
-            settings = replace(
-                settings,
-                decoder_only=True,
-                shares=_JUDGED_SHARES,
-                discriminators=_DISCRIMINATORS,
-            )
-            self.lr = _DECODER_LR
+        settings = CodecSettings(
+            seed=TRAINED_SEED, shares=_SHARES, bfloat16=bfloat16, decoder_only=decoder_only
+        )
         self.trainer = Trainer(model, settings, trained=begin_from is not None)
         self._before = -self._working()
 
@@ -289,7 +275,7 @@ class Run:
         reported = time.monotonic()
         for wav in loader:
             spent = round(self.spent())
-            lr = self.lr * lr_factor("cosine", spent + 1, _WARM_UP_SECONDS, round(self.seconds))
+            lr = _LR * lr_factor("cosine", spent + 1, _WARM_UP_SECONDS, round(self.seconds))
             recent.append(self.trainer.train(wav, lr))
             done = self.spent() >= self.seconds
             if done or time.monotonic() - reported > _REPORT_SECONDS:
@@ -345,9 +331,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--hours", type=float, required=True, help="that two cores are to work")
     parser.add_argument("--begin-from", type=Path, help="weights of an earlier run to train on")
-    parser.add_argument(
-        "--decoder-only", action="store_true", help="train the decoder against discriminators"
-    )
+    parser.add_argument("--decoder-only", action="store_true", help="codes stay what they are")
     parser.add_argument("--resume", action="store_true", help="go on from its checkpoint, if any")
     parser.add_argument("--threads", type=int, default=_CORES, help="fewer on a busy machine")
     arguments = parser.parse_args()
