@@ -335,6 +335,8 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on from its checkpoint, if any")
     parser.add_argument("--threads", type=int, default=_CORES, help="fewer on a busy machine")
     arguments = parser.parse_args()
+    if arguments.decoder_only and arguments.begin_from is None:
+        parser.error("--decoder-only needs an encoder that has learnt: give --begin-from.")
     if os.environ.keys().isdisjoint(_ENVIRONMENT):
         # It is read when torch is loaded.
         os.execve(sys.executable, sys.orig_argv, {**os.environ, **_ENVIRONMENT})  # noqa: S606
