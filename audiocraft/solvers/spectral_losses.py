@@ -10,8 +10,8 @@ from torch.nn import functional as F
 _MELS_PER_SAMPLE = 1 / 8  # of the window: more filters than this have no bin of their own
 _FLOOR = 1e-5  # of magnitudes, below which the measure does not look
 # And the loss. What is softer is heard by nobody, but it would have most of the gradient: a decoder
-# trained on for three minutes came from 5.5 dB of log-mel distance to 5.1 with this, and to no less
-# than 5.4 in an hour with the measure's.
+# trained on for two minutes came from 5.53 dB of log-mel distance to 5.11, and to 5.48 with the
+# measure's.
 _LEAST = 1e-3
 _DECIBELS = 20.0
 
