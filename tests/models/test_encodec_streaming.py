@@ -178,9 +178,11 @@ def peak(work):
             time.sleep(0.002)
     thread = threading.Thread(target=watch)
     thread.start()
-    result = work()
-    done.set()
-    thread.join()
+    try:
+        result = work()
+    finally:
+        done.set()
+        thread.join()
     return most[0] - before, result
 
 torch.set_num_threads(1)

@@ -378,7 +378,9 @@ def command(
         assert process.stderr is not None
         text = ""
         while "ready" not in text:
-            text += process.stderr.readline()
+            line = process.stderr.readline()
+            assert line, text
+            text += line
         yield process, text
 
 

@@ -11,6 +11,11 @@ from torch import distributed
 from audiocraft.errors import InputError
 
 
+def say(line: str) -> None:
+    """Print a line at once: what is printed without a buffer writes its end apart, after others."""
+    sys.stdout.write(f"{line}\n")
+
+
 def main() -> None:
     """Arguments: what to do, and the rank that does it."""
     action, who = sys.argv[1], int(sys.argv[2])
@@ -19,12 +24,12 @@ def main() -> None:
     if processes > 1:
         distributed.init_process_group("gloo")
         distributed.all_reduce(total)
-    print(f"rank {rank} of {processes}, pid {os.getpid()}, sum {total.item()}")
-    print(f"agent {os.getppid()}")
+    say(f"rank {rank} of {processes}, pid {os.getpid()}, sum {total.item()}")
+    say(f"agent {os.getppid()}")
     if processes > 1:
         distributed.barrier()
     if action == "wait":
-        print("ready")
+        say("ready")
         while True:
             if processes > 1:
                 distributed.all_reduce(total)

@@ -124,6 +124,7 @@ def test_what_is_raised_from_outside_ends_all():
     thread = threading.Thread(target=work)
     thread.start()
     while "ready" not in lines:
+        assert thread.is_alive(), lines
         time.sleep(0.05)
     time.sleep(0.5)
     begin = time.monotonic()
@@ -154,7 +155,9 @@ def test_whoever_is_killed_takes_the_others_along(victim, processes, moment, tmp
     text = ""
     if moment == "working":
         while "ready" not in text:
-            text += caller.stdout.readline()
+            line = caller.stdout.readline()
+            assert line, text
+            text += line
         job = set(pids(text))
         (agent,) = {int(pid) for pid in re.findall(r"agent (\d+)", text)}
         rank = next(iter(job - {agent}))
