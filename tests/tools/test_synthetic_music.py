@@ -100,6 +100,48 @@ def test_the_midi_file_has_the_tempo(compositions):
         assert share == pytest.approx(1)
 
 
+def test_notes_begin_and_end_on_a_grid_if_asked(compositions):
+    for composition in compositions[:24]:
+        midi = composition.midi(grid=20)
+        assert score_labels.main_tempo(midi)[0] == pytest.approx(125)  # a tick is a millisecond
+        events = note_events(midi)
+        assert all(time % 20 == 0 for time, *_ in events)
+        sounding = Counter()
+        for _, channel, pitch, velocity in events:
+            sounding[channel, pitch] += 1 if velocity else -1
+        assert not any(sounding.values())  # what begins ends
+        moved = sorted((channel, pitch, time) for time, channel, pitch, v in events if v)
+        tick = 60_000 / composition.piece.bpm / 480
+        exact = sorted(
+            (channel, pitch, start * tick) for start, channel, pitch, *_ in composition.notes
+        )
+        assert len(moved) == len(exact)
+        for one, other in zip(moved, exact, strict=True):
+            assert one == (*other[:2], pytest.approx(other[2], abs=10.01))
+
+
+def note_events(midi):
+    """Tick, channel, pitch and velocity (0 at its end) of each note, as they are in the file."""
+    track, now, place, events = midi[22:], 0, 0, []
+    while place < len(track):
+        delta = 0
+        while track[place] & 0x80:
+            delta = delta << 7 | track[place] & 0x7F
+            place += 1
+        now += delta << 7 | track[place]
+        place += 1
+        status = track[place]
+        if status == 0xFF:
+            place += 3 + track[place + 2]
+        elif status >> 4 in {8, 9}:
+            velocity = track[place + 2] if status >> 4 == 9 else 0
+            events.append((now, status & 15, track[place + 1], velocity))
+            place += 3
+        else:
+            place += 2 if status >> 4 == 0xC else 3
+    return events
+
+
 def test_all_tones_are_of_the_key(compositions):
     for composition in compositions:
         piece = composition.piece

@@ -84,11 +84,13 @@ class Composition:
             if channel == LEAD
         )
 
-    def midi(self, melody_only: bool = False) -> bytes:
+    def midi(self, melody_only: bool = False, grid: int | None = None) -> bytes:
         """The piece as a standard MIDI file.
 
         Args:
             melody_only: leave the band out.
+            grid: milliseconds; every note begins and ends at the nearest multiple of them, and a
+                tick is a millisecond. Without it the file has the piece's own beats.
         """
         sounds = instruments_of(self.piece)
         programs = {part: sound.program for part, sound in sounds.items()}
@@ -97,7 +99,19 @@ class Composition:
         controls += [(channel, _REVERB, send) for channel, send in _REVERB_SENDS.items()]
         controls.append((DRUM_CHANNEL, _VOLUME, _DRUM_VOLUME))
         notes = [note for note in self.notes if note[1] == LEAD or not melody_only]
-        return midi_file(notes, programs, self.piece.bpm, controls)
+        bpm: float = self.piece.bpm
+        if grid is not None:
+            steps = 60_000 / bpm / TICKS / grid  # of the grid, in a tick
+            bpm = 60_000 / TICKS
+            notes = [_on_grid(note, steps, grid) for note in notes]
+        return midi_file(notes, programs, bpm, controls)
+
+
+def _on_grid(note: Note, steps: float, grid: int) -> Note:
+    """A note in milliseconds that begins and ends on the grid, one step long at least."""
+    tick, channel, pitch, velocity, length = note
+    begin, end = round(tick * steps), round((tick + length) * steps)
+    return begin * grid, channel, pitch, velocity, max(1, end - begin) * grid
 
 
 def compose(piece: Piece) -> Composition:

@@ -26,6 +26,10 @@ LOUDNESS: Final = -16.0
 PEAK: Final = 0.94
 """What no sample exceeds."""
 
+# Milliseconds of a frame of the codec. A note that begins with a frame has the same codes wherever
+# it is played, as far as it is heard alone, and what repeats in music repeats in them.
+_GRID: Final = 20
+
 _OPTIONS: Final = (
     *("-T", "raw", "-O", "float", "-g", "0.3"),
     *("-C", "0"),  # the chorus costs a quarter of the time
@@ -54,7 +58,7 @@ def render(composition: Composition, melody_only: bool = False) -> Tensor:
     """
     with tempfile.TemporaryDirectory(prefix="synthetic_music-") as folder:
         midi, audio = Path(folder, "piece.mid"), Path(folder, "piece.raw")
-        midi.write_bytes(composition.midi(melody_only))
+        midi.write_bytes(composition.midi(melody_only, _GRID))
         play(midi, audio, RATE, *_OPTIONS)
         played = np.fromfile(audio, np.float32).reshape(-1, 2).T
     length = round(composition.piece.seconds * RATE)

@@ -99,14 +99,14 @@ class Score:
         """Where bars begin."""
         return range(self.start, self.end, self.pattern.beats * TICKS)
 
-    def add(self, tick: float, channel: int, pitch: int, velocity: float, length: float) -> None:
+    def add(self, tick: float, channel: int, pitch: int, velocity: int, length: float) -> None:
         """Write a note, unless it would begin when all is over."""
         if tick < self.end:
             self.notes.append((
                 round(tick),
                 channel,
                 pitch,
-                round(velocity + self.random.uniform(-4, 4)),
+                velocity,
                 max(10, round(min(length, self.end - tick))),
             ))  # fmt: skip
 
