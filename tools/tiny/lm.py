@@ -72,6 +72,9 @@ _SAVE_SECONDS: Final = 180
 _MEASURED: Final = 48  # crops
 _ANY_LENGTH: Final = 1000  # words
 _BEGINNINGS: Final = 0.2  # share of crops that are the beginning of a piece
+# Every second update has as much music in so many times as many crops. What a prompt tells, a crop
+# needs most where nothing has been heard yet.
+_SHORTER: Final = 4
 
 
 class Crops:
@@ -96,7 +99,7 @@ class Crops:
         self._order = lru_cache(2)(self._shuffled)
 
     def batch(self, update: int, size: int) -> list[Clip]:
-        """The crops of an update, numbered from 1.
+        """The crops of an update, numbered from 1: `size` of the context, or, by turns, shorter ones.
 
         A description has at most as many words as that of the first: texts are padded to the
         longest of their batch, and a prompt for generation mostly is alone in its own.
@@ -104,7 +107,10 @@ class Crops:
         random = np.random.default_rng([SEED, update])
         clips: list[Clip] = []
         longest = _ANY_LENGTH
-        for place in range((update - 1) * size, update * size):
+        pair, shorter = divmod(update - 1, 2)
+        first = pair * size * (1 + _SHORTER) + shorter * size
+        frames = self._frames // _SHORTER if shorter else self._frames
+        for place in range(first, first + size * (_SHORTER if shorter else 1)):
             number, index = divmod(place, len(self._music.pieces))
             row = int(self._order(number)[index])
             crop = int(random.integers(self._music.chroma.shape[1]))
@@ -114,25 +120,25 @@ class Crops:
             fitting = np.flatnonzero(lengths <= max(longest, lengths.min()))
             wording = int(random.choice(fitting))
             longest = lengths[wording] if not clips else longest
-            clips.append(self._clip(row, crop, wording))
+            clips.append(self._clip(row, crop, wording, frames))
         return clips
 
     def measured(self, count: int) -> list[Clip]:
         """The same crops always, of the first pieces, each with the first of its descriptions."""
         crops = self._music.chroma.shape[1]
-        return [self._clip(row, row * 7 % crops, 0) for row in range(count)]
+        return [self._clip(row, row * 7 % crops, 0, self._frames) for row in range(count)]
 
     def _shuffled(self, number: int) -> NDArray[np.int64]:
         return np.random.default_rng([SEED, 0, number]).permutation(len(self._music.pieces))
 
-    def _clip(self, row: int, crop: int, wording: int) -> Clip:
+    def _clip(self, row: int, crop: int, wording: int, frames: int) -> Clip:
         begin = crop * self._step
-        codes = self._music.codes[row, :, begin : begin + self._frames].astype(np.int64)
+        codes = self._music.codes[row, :, begin : begin + frames].astype(np.int64)
         classes = self._music.chroma[row, crop].astype(np.int64)
         return Clip(
             f"{self._music.pieces[row].name} {crop}",
             torch.from_numpy(codes),
-            self._frames,
+            frames,
             self._music.texts[row][wording],
             self._metadata[row],
             self._one_hot[torch.from_numpy(classes)],
