@@ -71,6 +71,7 @@ _REPORT_SECONDS: Final = 600  # from evaluation to evaluation
 _SAVE_SECONDS: Final = 180
 _MEASURED: Final = 48  # crops
 _ANY_LENGTH: Final = 1000  # words
+_UNDESCRIBED: Final = 0.04  # share of updates without texts, as an empty prompt is
 _BEGINNINGS: Final = 0.2  # share of crops that are the beginning of a piece
 # Every second update has as much music in so many times as many crops. What a prompt tells, a crop
 # needs most where nothing has been heard yet.
@@ -99,7 +100,7 @@ class Crops:
         self._order = lru_cache(2)(self._shuffled)
 
     def batch(self, update: int, size: int) -> list[Clip]:
-        """The crops of an update, numbered from 1: `size` of the context, or, by turns, shorter ones.
+        """The crops of an update, numbered from 1: `size` whole ones, or, by turns, shorter ones.
 
         A description has at most as many words as that of the first: texts are padded to the
         longest of their batch, and a prompt for generation mostly is alone in its own.
@@ -107,6 +108,7 @@ class Crops:
         random = np.random.default_rng([SEED, update])
         clips: list[Clip] = []
         longest = _ANY_LENGTH
+        described = bool(random.random() >= _UNDESCRIBED)
         pair, shorter = divmod(update - 1, 2)
         first = pair * size * (1 + _SHORTER) + shorter * size
         frames = self._frames // _SHORTER if shorter else self._frames
@@ -120,7 +122,8 @@ class Crops:
             fitting = np.flatnonzero(lengths <= max(longest, lengths.min()))
             wording = int(random.choice(fitting))
             longest = lengths[wording] if not clips else longest
-            clips.append(self._clip(row, crop, wording, frames))
+            clip = self._clip(row, crop, wording, frames)
+            clips.append(clip if described else replace(clip, description=None, metadata={}))
         return clips
 
     def measured(self, count: int) -> list[Clip]:
