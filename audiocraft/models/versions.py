@@ -31,7 +31,7 @@ def _release(name: str) -> Version:
 
 
 VERSIONS: dict[str, Version] = {name: _release(name) for name in RELEASES} | {
-    "tiny": Version("tiny", str(BUNDLED / "tiny"), melody=True, stereo=True, license="apache-2.0")
+    "tiny": Version("tiny", str(BUNDLED / "tiny"), True, True, context=12.0, license="apache-2.0")
 }
 """Every version by its short name."""
 
