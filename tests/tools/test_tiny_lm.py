@@ -156,12 +156,12 @@ def test_other_hours_change_when_it_ends_and_another_shape_is_refused(data, tmp_
 
 def test_a_run_finds_out_how_many_updates_its_hours_are(data, tmp_path, monkeypatch):
     monkeypatch.setattr("tools.tiny.lm._TRIAL", 5)
-    run = run_in(tmp_path / "run", data, hours=0.5 / 3600)
+    run = run_in(tmp_path / "run", data, hours=2 / 3600)
     run.train()
     each = run.spent() / run.trainer.update
     assert run.trainer.update == run.trainer.settings.updates
     assert run.trainer.update > 5
-    assert run.spent() == pytest.approx(0.5, abs=10 * each)
+    assert run.spent() == pytest.approx(2, abs=10 * each)
 
 
 def test_each_evaluation_is_a_line_of_the_log(finished):
