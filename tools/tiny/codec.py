@@ -10,7 +10,8 @@ those that two cores work for it: a run that is stopped for a while, or that sha
 takes longer. A run that is resumed with fewer hours comes to its end sooner. With `--begin-from`
 the weights of an earlier run are trained on, on the same music from its beginning.
 The bundled weights are of 1.7 hours on cores that have no 16 bit: 0.6 with time and spectra weighed
-6 to 4, and the rest as it is now, but with a loss on spectra that looked down to 100 dB. With `--decoder-only` codes stay what they are.
+6 to 4, and the rest as it is now, but with a loss on spectra that looked down to 100 dB. With
+`--decoder-only` codes stay what they are.
 """
 
 import argparse
