@@ -277,7 +277,7 @@ def test_the_result_says_what_it_is(trained):
     tuned = read_finetune(trained[0])
     said = tuned.checkpoint.metadata
     assert (tuned.base, tuned.license, tuned.lora) == ("tiny", "apache-2.0", None)
-    assert tuned.cfg.transformer_lm.dim == 128
+    assert tuned.cfg.transformer_lm.dim == 256
     assert json.loads(said["dataset"])["files"] == 6
     training = json.loads(said["training"])
     assert training["settings"]["optimizer"] == "adamw"
