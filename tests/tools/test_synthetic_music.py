@@ -96,7 +96,8 @@ def test_equal_pieces_get_equal_notes(pieces, compositions):
 def test_the_midi_file_has_the_tempo(compositions):
     for composition in compositions[:24]:
         tempo, share = score_labels.main_tempo(composition.midi())
-        assert tempo == pytest.approx(composition.piece.bpm, rel=1e-4)
+        assert tempo == pytest.approx(60 / composition.piece.beat, rel=1e-4)
+        assert tempo == pytest.approx(composition.piece.bpm, rel=0.031)
         assert share == pytest.approx(1)
 
 
@@ -111,13 +112,23 @@ def test_notes_begin_and_end_on_a_grid_if_asked(compositions):
             sounding[channel, pitch] += 1 if velocity else -1
         assert not any(sounding.values())  # what begins ends
         moved = sorted((channel, pitch, time) for time, channel, pitch, v in events if v)
-        tick = 60_000 / composition.piece.bpm / 480
+        tick = 1000 * composition.piece.beat / 480
         exact = sorted(
             (channel, pitch, start * tick) for start, channel, pitch, *_ in composition.notes
         )
         assert len(moved) == len(exact)
         for one, other in zip(moved, exact, strict=True):
             assert one == (*other[:2], pytest.approx(other[2], abs=10.01))
+
+
+def test_what_is_played_in_a_beat_is_played_in_others_at_the_same_frames(compositions):
+    for composition in compositions[:24]:
+        beat = round(1000 * composition.piece.beat)
+        assert beat % 20 == 0
+        events = note_events(composition.midi(grid=20))
+        places = {tick % 480 for tick, *_ in composition.notes}
+        frames = {time % beat for time, _, _, velocity in events if velocity}
+        assert len(frames) <= len(places)
 
 
 def note_events(midi):
@@ -156,7 +167,7 @@ def test_a_piece_begins_without_its_lead_and_ends_on_the_tonic(compositions):
     rests = []
     for composition in compositions:
         piece = composition.piece
-        beat = 60 / piece.bpm
+        beat = piece.beat
         end = max(note[0] for note in composition.notes)
         last = [note for note in composition.notes if note[0] == end]
         pitches = {

@@ -29,11 +29,9 @@ from tools.synthetic_music.score import (
 _DECIBELS: Final = {LEAD: 0.0, BASS: -3.0, COMP: -7.0, PAD: -11.0}
 _DRUM_VOLUME: Final = 94
 _PANS: Final = {LEAD: 72, BASS: 64, COMP: 24, PAD: 108}  # 64 is the middle
-_VOLUME, _PAN, _REVERB = 7, 10, 91  # controllers
-_REVERB_SENDS: Final = {LEAD: 36, BASS: 0, COMP: 24, PAD: 40, DRUM_CHANNEL: 10}
+_VOLUME, _PAN = 7, 10  # controllers
 
 _KICK, _SNARE, _HAT, _TOM, _CRASH = 36, 38, 42, 45, 49  # General MIDI
-_SOFTER: Final = 16  # velocities below the beat's
 _PERHAPS: Final = 0.5
 # Rhythms of a beat by its steps, and how many notes a second a melody should have.
 _CELLS: Final = {
@@ -77,7 +75,7 @@ class Composition:
     @cached_property
     def melody(self) -> tuple[MelodyNote, ...]:
         """What the lead plays, in order."""
-        tick = 60 / self.piece.bpm / TICKS
+        tick = self.piece.beat / TICKS
         return tuple(
             MelodyNote(round(start * tick, 4), round(length * tick, 4), pitch)
             for start, channel, pitch, _, length in sorted(self.notes)
@@ -96,21 +94,21 @@ class Composition:
         programs = {part: sound.program for part, sound in sounds.items()}
         controls = [(part, _VOLUME, s.volume(_DECIBELS[part])) for part, s in sounds.items()]
         controls += [(part, _PAN, _PANS[part]) for part in sounds]
-        controls += [(channel, _REVERB, send) for channel, send in _REVERB_SENDS.items()]
         controls.append((DRUM_CHANNEL, _VOLUME, _DRUM_VOLUME))
         notes = [note for note in self.notes if note[1] == LEAD or not melody_only]
-        bpm: float = self.piece.bpm
+        bpm = 60 / self.piece.beat
         if grid is not None:
-            steps = 60_000 / bpm / TICKS / grid  # of the grid, in a tick
+            steps = round(1000 * self.piece.beat / grid)  # of the grid, in a beat
             bpm = 60_000 / TICKS
             notes = [_on_grid(note, steps, grid) for note in notes]
         return midi_file(notes, programs, bpm, controls)
 
 
-def _on_grid(note: Note, steps: float, grid: int) -> Note:
+def _on_grid(note: Note, steps: int, grid: int) -> Note:
     """A note in milliseconds that begins and ends on the grid, one step long at least."""
     tick, channel, pitch, velocity, length = note
-    begin, end = round(tick * steps), round((tick + length) * steps)
+    # Whole numbers, with halves up, so that every beat is the same.
+    begin, end = ((2 * place * steps + TICKS) // (2 * TICKS) for place in (tick, tick + length))
     return begin * grid, channel, pitch, velocity, max(1, end - begin) * grid
 
 
@@ -200,9 +198,8 @@ def _play_chords(score: Score) -> None:
                 held = 1.2 * length
             else:
                 held = 0.95 * length if mark == "X" else 0.7 * TICKS / pattern.steps
-            on_beat = offset % TICKS == 0
             for pitch in pitches:
-                score.add(tick, COMP, pitch, 88 if on_beat else 88 - _SOFTER, held)
+                score.add(tick, COMP, pitch, 88, held)
     if PAD in score.instruments:
         for tick in range(score.start, score.end, score.slot):
             for pitch in score.chord(tick):
@@ -229,15 +226,14 @@ def _play_lead(score: Score) -> None:
         for number, (offset, contour) in enumerate(motif):
             after = motif[number + 1][0] if number + 1 < len(motif) else score.slot
             pitch = _pitch(score, _TARGETS[part] + high + contour, chord, offset % TICKS == 0)
-            loud = 104 if offset % TICKS == 0 else 104 - _SOFTER
-            score.add(start + offset, LEAD, pitch, loud, 0.92 * (after - offset))
+            score.add(start + offset, LEAD, pitch, 104, 0.92 * (after - offset))
 
 
 def _motif(score: Score) -> list[tuple[float, int]]:
     """Ticks in a slot, and degrees above or below the slot's target."""
     random, pattern = score.random, score.pattern
     cells = _CELLS[pattern.steps]
-    beat = 60 / score.piece.bpm
+    beat = score.piece.beat
     density = np.array([cell.count("x") / beat for cell in cells])
     chances = np.exp(-(((density - _DENSITY) / 1.2) ** 2)) + 0.01
     contour, motif = 0, []
@@ -255,7 +251,7 @@ def _play_close(score: Score, start: int, chord: Chord) -> None:
     """A step down to a note that is held: the tonic, or the fifth if the chord does not have it."""
     home = 0 if score.piece.tonic in chord else -3
     held = start + TICKS
-    score.add(start, LEAD, _pitch(score, home + 1, chord, on_beat=False), 100, 0.92 * TICKS)
+    score.add(start, LEAD, _pitch(score, home + 1, chord, on_beat=False), 104, 0.92 * TICKS)
     length = 0.9 * (score.slot - TICKS)
     score.add(held, LEAD, _pitch(score, home, chord, on_beat=True), 104, length)
 
@@ -278,7 +274,7 @@ def _pitch(score: Score, degree: int, chord: Chord, on_beat: bool) -> int:
 
 def _play_end(score: Score) -> None:
     """The tonic in all parts, held until the piece is over."""
-    length = round(score.piece.seconds * score.piece.bpm / 60 * TICKS) - score.end
+    length = round(score.piece.seconds / score.piece.beat * TICKS) - score.end
     lowest = {part: sound.lowest for part, sound in score.instruments.items()}
     chord = score.tonic_chord
     last = [(LEAD, place(chord[0], lowest[LEAD])), (BASS, place(chord[0], lowest[BASS]))]

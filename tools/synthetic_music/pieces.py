@@ -15,6 +15,9 @@ from tools.synthetic_music.styles import STYLES
 SLOWEST, FASTEST = 60, 180  # bpm
 SHORTEST, LONGEST = 10.0, 60.0  # seconds
 
+FRAME: Final = 0.02
+"""Seconds of a frame of the codec."""
+
 KEYS: Final = tuple(f"{tonic} {mode}" for mode in ("major", "minor") for tonic in NAMES)
 """The 24, such as `Eb minor`, named as the labels of the library."""
 
@@ -51,6 +54,14 @@ class Piece:
     def name(self) -> str:
         """Of its files, without a suffix."""
         return f"{self.seed:03}-{self.number:06}"
+
+    @property
+    def beat(self) -> float:
+        """Seconds of a beat as it is played, within 3 % of its `bpm`: whole frames of the codec.
+
+        So what repeats in the music repeats in its codes.
+        """
+        return round(60 / self.bpm / FRAME) * FRAME
 
     @property
     def tonic(self) -> int:

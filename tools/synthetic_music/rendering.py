@@ -9,19 +9,14 @@ from typing import Final
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from audiocraft.data.audio_utils import measure_loudness
 from tools.synthetic_music.composing import Composition, compose
 from tools.synthetic_music.midi import play
 from tools.synthetic_music.pieces import Piece
 
 RATE: Final = 32000
 """Hz, of the codec."""
-
-LOUDNESS: Final = -16.0
-"""LKFS of every piece, before its peaks are lowered."""
 
 PEAK: Final = 0.94
 """What no sample exceeds."""
@@ -31,14 +26,16 @@ PEAK: Final = 0.94
 _GRID: Final = 20
 
 _OPTIONS: Final = (
-    *("-T", "raw", "-O", "float", "-g", "0.3"),
+    # A note is as loud in all pieces: they have -16 LKFS on average, -20 to -13, and hardly one
+    # comes near full scale.
+    *("-T", "raw", "-O", "float", "-g", "1"),
     *("-C", "0"),  # the chorus costs a quarter of the time
-    *("-o", "synth.reverb.room-size=0.3", "-o", "synth.reverb.level=0.5"),
+    # A tail on all that follows would hide from the codes that a note is heard again.
+    *("-R", "0"),
     # Only the samples that a piece uses are read: 10 s take 0.12 s instead of 0.3.
     *("-o", "synth.dynamic-sample-loading=1"),
 )
 _FADE: Final = 0.3  # seconds, of what still sounds at the end
-_LOOK: Final = 0.003  # seconds by which a peak is seen before and after
 _AHEAD: Final = 2  # pieces that wait for the consumer, for each job
 
 
@@ -50,7 +47,7 @@ def render(composition: Composition, melody_only: bool = False) -> Tensor:
         melody_only: leave the band out.
 
     Returns:
-        (2, T), float32 at `RATE`, as loud as all others, within `PEAK`.
+        (2, T), float32 at `RATE`, within `PEAK`.
 
     Raises:
         AssetError: fluidsynth or the sound font is not installed.
@@ -66,10 +63,7 @@ def render(composition: Composition, melody_only: bool = False) -> Tensor:
     wav[:, : played.shape[1]] = played[:, :length]
     fade = round(_FADE * RATE)
     wav[:, -fade:] *= np.linspace(1, 0, fade, dtype=np.float32)
-    # Measured softly, since the measure cuts what exceeds full scale.
-    wav *= 0.25 / np.abs(wav).max()
-    wav *= 10 ** ((LOUDNESS - measure_loudness(torch.from_numpy(wav), RATE)) / 20)
-    return torch.from_numpy(_limit(wav))
+    return torch.from_numpy(wav * min(1.0, PEAK / float(np.abs(wav).max())))
 
 
 def rendered(pieces: Iterable[Piece], jobs: int = 1) -> Iterator[tuple[Composition, Tensor]]:
@@ -95,19 +89,3 @@ def rendered(pieces: Iterable[Piece], jobs: int = 1) -> Iterator[tuple[Compositi
 def _perform(piece: Piece) -> tuple[Composition, Tensor]:
     composition = compose(piece)
     return composition, render(composition)
-
-
-def _limit(wav: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Lower the level around peaks, smoothly.
-
-    Each sample's gain is the mean of the least gains that are needed within `_LOOK` of those within
-    `_LOOK` of it: it is never more than the sample itself needs.
-    """
-    from scipy.ndimage import minimum_filter1d, uniform_filter1d
-
-    peaks = np.abs(wav).max(0).astype(np.float64)
-    if peaks.max() <= PEAK:
-        return wav
-    width = 2 * round(_LOOK * RATE) + 1
-    needed = minimum_filter1d(np.minimum(1, PEAK / np.maximum(peaks, 1e-9)), width)
-    return np.asarray(wav * uniform_filter1d(needed, width), np.float32).clip(-PEAK, PEAK)

@@ -68,7 +68,7 @@ class Score:
         piece, pattern = self.piece, self.pattern
         self.random = np.random.default_rng([piece.seed, piece.number, 1])
         self.instruments = instruments_of(piece)
-        beat = 60 / piece.bpm
+        beat = piece.beat
         beats = int((piece.seconds - _TAIL) / beat)
         halved = pattern.beats % 4 == 0 and pattern.beats * beat > _LONG_BAR
         slot_beats = pattern.beats // 2 if halved else pattern.beats
