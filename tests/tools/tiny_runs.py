@@ -39,10 +39,10 @@ def make_data(folder):
     return folder
 
 
-def run_in(folder, data, updates=None, *, hours=1.0, shape=SHAPE):
+def run_in(folder, data, updates=None, *, hours=1.0, shape=SHAPE, begin_from=None):
     """A run that makes so many updates."""
     folder.mkdir(exist_ok=True)
-    run = Run(folder, data, CODEC, hours, shape, torch.device("cpu"))
+    run = Run(folder, data, CODEC, hours, shape, torch.device("cpu"), begin_from)
     if updates is not None:
         run.plan(updates)
     return run

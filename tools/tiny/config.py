@@ -12,6 +12,10 @@ MELODY: Final = "self_wav"
 TEXT: Final = "description"
 """The condition that is a text."""
 
+# The released stereo versions predict both sides of a codebook at once, neither knowing the other.
+# Where half of the codes are the same on both, the sides of a small model then fall apart.
+_DELAYS: Final = tuple(range(8))
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -95,7 +99,7 @@ def lm_config(shape: Shape, context: float, card: int) -> dict[str, Any]:
         "codebooks_pattern": {
             "modeling": "delay",
             "delay": {
-                "delays": [0, 0, 1, 1, 2, 2, 3, 3],
+                "delays": list(_DELAYS),
                 "flatten_first": 0,
                 "empty_initial": 0,
             },

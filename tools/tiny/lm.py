@@ -1,8 +1,10 @@
 """Train the language model and the text encoder of the bundled `tiny` release.
 
     python -m tools.tiny.lm --data FOLDER --codec FILE --out FOLDER --hours H [--resume]
+    python -m tools.tiny.lm ... --begin-from RELEASE [--resume]
 
-It trains from nothing on what `tools.tiny.dataset` has made. The folder gets `release/`, the
+It trains from nothing, or goes on from a release's weights, text encoder included, on what
+`tools.tiny.dataset` has made. The folder gets `release/`, the
 averaged weights at the lowest loss on pieces that are not trained on, as a release that `MusicGen`
 loads; `log.jsonl`, a line for each evaluation; and a checkpoint, from which `--resume` goes on
 after whatever ended the run. Hours are those that the cores work for it: a run that shares the
@@ -12,6 +14,7 @@ machine takes longer. A run that is resumed with other hours comes to its end so
 import argparse
 import json
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -27,6 +30,7 @@ from transformers.utils import logging
 
 from audiocraft.errors import AudiocraftError, InputError
 from audiocraft.models.builders import get_lm_model
+from audiocraft.models.loaders import LM_FILE, assign_state, find_file, read_checkpoint
 from audiocraft.modules.conditioners import T5Conditioner
 from audiocraft.modules.precision import offered_precisions
 from audiocraft.solvers.checkpoints import (
@@ -194,6 +198,10 @@ class Run:
         hours: of work, all starts together.
         shape: what is trained.
         device: where.
+        begin_from: release that is trained on; from nothing if not given.
+
+    Raises:
+        WeightsError: it has another shape.
     """
 
     def __init__(
@@ -204,6 +212,7 @@ class Run:
         hours: float,
         shape: Shape,
         device: torch.device,
+        begin_from: Path | None = None,
     ) -> None:
         self.folder = folder
         self.codec = codec
@@ -217,12 +226,18 @@ class Run:
         self.measured = Crops(held_out, self.context, rate).measured(
             min(_MEASURED, len(held_out.pieces))
         )
-        if not (folder / "t5").is_dir():
+        if begin_from is not None:
+            shutil.copytree(begin_from / "t5", folder / "t5", dirs_exist_ok=True)
+        elif not (folder / "t5").is_dir():
             make_text_encoder(folder / "t5")
         torch.manual_seed(SEED)
         cfg = OmegaConf.create(lm_config(shape, self.context, model.cardinality))
+        lm = get_lm_model(cfg, folder / "t5")
+        if begin_from is not None:
+            weights = read_checkpoint(find_file(begin_from, LM_FILE)).state
+            assign_state(lm, weights, "cpu", name=str(begin_from))
         self.trainer = Trainer(
-            get_lm_model(cfg, folder / "t5").to(device),
+            lm.to(device),
             TrainSettings(
                 updates=10**9,  # for now; the rate rises at first, however many there are
                 batch_size=shape.batch_size,
@@ -362,6 +377,7 @@ def main() -> None:
     parser.add_argument("--codec", type=Path, required=True, help="weights of the codec")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--hours", type=float, required=True, help="of work")
+    parser.add_argument("--begin-from", type=Path, metavar="RELEASE", help="weights to train on")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--resume", action="store_true", help="go on from its checkpoint, if any")
     parser.add_argument("--stop-after", type=float, help="seconds after which this start ends")
@@ -378,7 +394,7 @@ def main() -> None:
             if checkpoint is not None and not given.resume:
                 raise InputError(f"{folder} has a checkpoint: give --resume, or another folder.")
             device = torch.device(given.device)
-            run = Run(folder, given.data, given.codec, given.hours, shape, device)
+            run = Run(folder, given.data, given.codec, given.hours, shape, device, given.begin_from)
             if checkpoint is not None:
                 run.resume(checkpoint)
             run.train(given.stop_after)
