@@ -33,7 +33,7 @@ Chroma of a melody is taken of the whole mix, for a stem separator can't be bund
 
 Pieces of {piece:g} s, composed by rules and played by fluidsynth with FluidR3 GM. The language
 model heard {heard:.0f} hours of music (pieces several times, in other crops and wordings) in
-{hours:.1f} hours of work. Its loss on pieces that it was not trained on is {loss:.3f} nats per
+{hours:.1f} hours of work.{begun} Its loss on pieces that it was not trained on is {loss:.3f} nats per
 code with text and melody, {text:.3f} without the melody, {other_text:.3f} with another piece's text
 instead, and {nothing:.3f} with neither.
 
@@ -76,6 +76,11 @@ The music was played with FluidR3 GM, which is under the MIT license:
 > OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """
 
+_BEGUN: Final = """
+It began from the weights of an earlier run, 1.3 hours of work on 128 hours of music as it was
+composed then, with reverb and with beats that were no whole frames of the codec.\
+"""
+
 _WITHOUT: Final = """
 Its language model has never heard a {style}: what fine-tuning does is measured by teaching it one.\
 """
@@ -102,6 +107,7 @@ def model_card(
         leads=len(LEADS),
         styles=len(STYLES) - (style is not None),
         without=_WITHOUT.format(style=style) if style else "",
+        begun=_BEGUN if log["begun_from"] else "",
         excluded=f" --exclude-style {style}" if style else "",
         figures="\n".join(_table(name, part) for name, part in evaluation.items()),
         heard=log["heard_hours"],

@@ -32,7 +32,7 @@ class Shape:
     dim: int = 256
     layers: int = 6
     heads: int = 4
-    batch_size: int = 8
+    batch_size: int = 4
     lr: float = 2e-3
 
 
@@ -63,7 +63,7 @@ def lm_config(shape: Shape, context: float, card: int) -> dict[str, Any]:
         "attribute_dropout": {
             "args": {"active_on_eval": False},
             "text": {TEXT: 0.1},
-            "wav": {MELODY: 0.25},
+            "wav": {MELODY: 0.35},
         },
         "fuser": {
             "cross_attention_pos_emb": False,

@@ -70,6 +70,7 @@ SEED: Final = 2036
 _NICE: Final = 10
 _THREADS: Final = 2
 _WARM_UP: Final = 200  # updates
+_BETAS: Final = (0.9, 0.975)  # the second one of larger batches, 0.95, for half as many crops
 _TRIAL: Final = 50  # updates after which it is known how many there will be
 _REPORT_SECONDS: Final = 600  # from evaluation to evaluation
 _SAVE_SECONDS: Final = 180
@@ -216,6 +217,7 @@ class Run:
     ) -> None:
         self.folder = folder
         self.codec = codec
+        self.begin_from = begin_from
         self.seconds = 3600 * hours
         self.shape = shape
         settings, model = load_settings(data), stereo_codec(codec)
@@ -243,7 +245,7 @@ class Run:
                 batch_size=shape.batch_size,
                 micro_batch=shape.batch_size,
                 seed=SEED,
-                optimizer=OptimizerSettings("adamw", shape.lr),
+                optimizer=OptimizerSettings("adamw", shape.lr, _BETAS),
                 warmup=_WARM_UP,
                 conditions=condition_settings(cfg),
                 bfloat16="bfloat16" in offered_precisions(device),
@@ -334,6 +336,7 @@ class Run:
             "lr": float(f"{recent[-1].lr:.3g}"),
             "grad_norm": round(float(np.mean([update.grad_norm for update in recent])), 3),
             "exclude_style": self.exclude_style,
+            "begun_from": None if self.begin_from is None else self.begin_from.name,
             "trained": round(float(np.mean([float(u.loss.total) for u in recent])), 4),
             **measures,
         }
