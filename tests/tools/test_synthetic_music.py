@@ -9,10 +9,10 @@ import pytest
 from audiocraft.errors import InputError
 from tools import score_labels
 from tools.synthetic_music.composing import Composition, compose
-from tools.synthetic_music.instruments import BASSES, CHORDS, LEADS, PADS
+from tools.synthetic_music.instruments import BASSES, CHORDS, LEADS
 from tools.synthetic_music.midi import DRUM_CHANNEL
 from tools.synthetic_music.pieces import KEYS, plan
-from tools.synthetic_music.score import BASS, COMP, LEAD, PAD, Score
+from tools.synthetic_music.score import BASS, COMP, LEAD, Score
 from tools.synthetic_music.styles import STYLES
 from tools.synthetic_music.words import descriptions
 
@@ -52,7 +52,7 @@ def test_every_style_is_played_at_its_tempi_by_its_band(pieces):
 
 
 def test_accompaniments_never_sound_like_leads():
-    band = {**BASSES, **CHORDS, **PADS}
+    band = {**BASSES, **CHORDS}
     assert len(band) + len(LEADS) >= 12
     assert not {sound.program for sound in band.values()} & {s.program for s in LEADS.values()}
     volumes = [sound.volume(0.0) for sound in LEADS.values()]
@@ -192,7 +192,6 @@ def test_parts_stay_in_their_registers_and_the_lead_plays_one_note_at_a_time(com
         for before, after in itertools.pairwise(composition.melody):
             assert before.onset + before.duration <= after.onset + 1e-3
         channels = {note[1] for note in composition.notes}
-        assert (PAD in channels) == any(name in PADS for name in composition.piece.band)
         assert (DRUM_CHANNEL in channels) == composition.piece.has_drums
 
 

@@ -1,8 +1,9 @@
 """Notes for a piece: chords, bass, drums, and a melody whose motifs return and vary.
 
-A piece begins with some of its parts or with all, has phrases of four chords that set out from the
-tonic, and an end: the dominant, then the tonic, held. The first beats count in where the bars do
-not fill the piece's length.
+A piece begins with some of its parts or with all, has chords that set out from the tonic, and an
+end: the dominant, then the tonic, held. The first beats count in where the bars do not fill the
+piece's length. Its lead plays a riff over whatever chord, and all notes are short: what a small
+model is to learn of music is heard again within seconds, and stands out.
 """
 
 from dataclasses import dataclass
@@ -19,16 +20,15 @@ from tools.synthetic_music.score import (
     COMP,
     FORM,
     LEAD,
-    PAD,
     PHRASE,
     Chord,
     Score,
     instruments_of,
 )
 
-_DECIBELS: Final = {LEAD: 0.0, BASS: -3.0, COMP: -7.0, PAD: -11.0}
+_DECIBELS: Final = {LEAD: 0.0, BASS: -3.0, COMP: -8.0}
 _DRUM_VOLUME: Final = 94
-_PANS: Final = {LEAD: 72, BASS: 64, COMP: 24, PAD: 108}  # 64 is the middle
+_PANS: Final = {LEAD: 64, BASS: 64, COMP: 40}  # 64 is the middle
 _VOLUME, _PAN = 7, 10  # controllers
 
 _KICK, _SNARE, _HAT, _TOM, _CRASH = 36, 38, 42, 45, 49  # General MIDI
@@ -41,8 +41,7 @@ _CELLS: Final = {
 }
 _DENSITY: Final = 2.4
 _MOVES: Final = (-2, -1, -1, 0, 1, 1, 2)  # degrees from note to note of a motif
-_REACH: Final = (-3, 7)  # degrees of the scale that a melody stays within
-_TARGETS: Final = (0, 2, 1)  # degrees that a phrase's motifs begin with
+_REACH: Final = (-2, 5)  # degrees of the scale that a melody stays within
 
 
 @dataclass(frozen=True)
@@ -200,14 +199,10 @@ def _play_chords(score: Score) -> None:
                 held = 0.95 * length if mark == "X" else 0.7 * TICKS / pattern.steps
             for pitch in pitches:
                 score.add(tick, COMP, pitch, 88, held)
-    if PAD in score.instruments:
-        for tick in range(score.start, score.end, score.slot):
-            for pitch in score.chord(tick):
-                score.add(tick, PAD, place(pitch, score.instruments[PAD].lowest), 80, score.slot)
 
 
 def _play_lead(score: Score) -> None:
-    """A phrase is a motif, the motif on the next chord, the motif varied, and a close."""
+    """A phrase is a motif, the same twice more, at times varied, and a close."""
     entry = score.start if score.intro == "lead" else score.entry
     motifs = {section: _motif(score) for section in "AB"}
     varied = [(offset, -contour) for offset, contour in motifs["A"]]
@@ -225,12 +220,12 @@ def _play_lead(score: Score) -> None:
         motif = varied if section == "A" and phrase % 2 and part == PHRASE - 2 else motifs[section]
         for number, (offset, contour) in enumerate(motif):
             after = motif[number + 1][0] if number + 1 < len(motif) else score.slot
-            pitch = _pitch(score, _TARGETS[part] + high + contour, chord, offset % TICKS == 0)
+            pitch = _pitch(score, high + contour, score.tonic_chord, offset % TICKS == 0)
             score.add(start + offset, LEAD, pitch, 104, 0.92 * (after - offset))
 
 
 def _motif(score: Score) -> list[tuple[float, int]]:
-    """Ticks in a slot, and degrees above or below the slot's target."""
+    """Ticks in a slot, and degrees above or below the tonic."""
     random, pattern = score.random, score.pattern
     cells = _CELLS[pattern.steps]
     beat = score.piece.beat
@@ -248,12 +243,11 @@ def _motif(score: Score) -> list[tuple[float, int]]:
 
 
 def _play_close(score: Score, start: int, chord: Chord) -> None:
-    """A step down to a note that is held: the tonic, or the fifth if the chord does not have it."""
+    """A step down to the tonic, or to the fifth if the chord does not have it."""
     home = 0 if score.piece.tonic in chord else -3
-    held = start + TICKS
     score.add(start, LEAD, _pitch(score, home + 1, chord, on_beat=False), 104, 0.92 * TICKS)
     length = 0.9 * (score.slot - TICKS)
-    score.add(held, LEAD, _pitch(score, home, chord, on_beat=True), 104, length)
+    score.add(start + TICKS, LEAD, _pitch(score, home, chord, on_beat=True), 104, length)
 
 
 def _pitch(score: Score, degree: int, chord: Chord, on_beat: bool) -> int:
@@ -278,9 +272,7 @@ def _play_end(score: Score) -> None:
     lowest = {part: sound.lowest for part, sound in score.instruments.items()}
     chord = score.tonic_chord
     last = [(LEAD, place(chord[0], lowest[LEAD])), (BASS, place(chord[0], lowest[BASS]))]
-    last += [
-        (part, place(p, lowest[part])) for part in (COMP, PAD) if part in lowest for p in chord
-    ]
+    last += [(COMP, place(pitch, lowest[COMP])) for pitch in chord]
     if score.piece.has_drums:
         last += [(DRUM_CHANNEL, _CRASH), (DRUM_CHANNEL, _KICK)]
     score.notes += [(score.end, part, pitch, 100, length) for part, pitch in last]

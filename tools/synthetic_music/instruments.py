@@ -61,12 +61,6 @@ CHORDS: Final = {
 }
 """What plays the chords' rhythm."""
 
-PADS: Final = {
-    "strings": Instrument(48, -33.0, 55),
-    "synth pad": Instrument(90, -30.6, 55),
-}
-"""What holds the chords."""
-
 BASSES: Final = {
     "double bass": Instrument(32, -30.3, 36),
     "bass guitar": Instrument(33, -30.8, 36),

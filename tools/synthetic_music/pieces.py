@@ -142,10 +142,9 @@ def _style(random: np.random.Generator, bpm: int, lead: str, excluded: str | Non
 
 def _band(random: np.random.Generator, name: str) -> tuple[str, ...]:
     style = STYLES[name]
-    draws = random.random(3)  # as many for every style, so that the next pieces are the same
+    draws = random.random(2)  # as many for every style, so that the next pieces are the same
     parts = [
         choices[int(draw * len(choices))]
-        for choices, draw in zip((style.bass, style.chords, style.pad), draws, strict=True)
-        if choices
+        for choices, draw in zip((style.bass, style.chords), draws, strict=True)
     ]
     return (*parts, *([DRUMS] if style.pattern.drums else []))

@@ -6,7 +6,7 @@ from typing import Final
 import numpy as np
 
 from tools.music_styles import Style as Pattern
-from tools.synthetic_music.instruments import BASSES, CHORDS, LEADS, PADS, Instrument
+from tools.synthetic_music.instruments import BASSES, CHORDS, LEADS, Instrument
 from tools.synthetic_music.midi import TICKS, Note
 from tools.synthetic_music.patterns import LEADING, MAJOR, MINOR
 from tools.synthetic_music.pieces import Piece
@@ -15,16 +15,16 @@ from tools.synthetic_music.styles import STYLES
 Chord = tuple[int, ...]
 """Pitch classes, root first."""
 
-LEAD, BASS, COMP, PAD = range(4)
-"""Parts, which are also their channels: the melody, the lowest, the chords' rhythm, held chords."""
+LEAD, BASS, COMP = range(3)
+"""Parts, which are also their channels: the melody, the lowest, the chords' rhythm."""
 
 PHRASE: Final = 4
-"""Chords."""
+"""Slots."""
 
 FORM: Final = "AABA"
 """Of phrases."""
 
-_PARTS: Final = {LEAD: LEADS, BASS: BASSES, COMP: CHORDS, PAD: PADS}
+_PARTS: Final = {LEAD: LEADS, BASS: BASSES, COMP: CHORDS}
 # Roots as degrees of the scale from 0; D is the dominant of a minor key with its leading note. Half
 # of the time is the tonic's, and the fourth degree comes with the dominant: that tells a key from
 # its relatives.
@@ -34,6 +34,11 @@ _PROGRESSIONS: Final = {
 }
 _DOMINANTS: Final = {"major": "4", "minor": "D"}
 
+_HELD: Final = 2  # slots of a chord
+
+# Seconds of a note: silence is learnt in no time, and what begins after it is heard.
+_LONGEST: Final = {LEAD: 0.22, BASS: 0.18, COMP: 0.12}
+
 _TAIL: Final = 1.0  # seconds at least that the last chord is held
 _LONG_BAR: Final = 2.6  # seconds from which a bar holds two chords
 _LEAST_INTRO: Final = 2.0  # seconds
@@ -41,7 +46,7 @@ _LONG_PIECE: Final = 20.0  # seconds from which it may begin without drums
 
 
 def instruments_of(piece: Piece) -> dict[int, Instrument]:
-    """Who plays each part; the pad may be missing."""
+    """Who plays each part."""
     return {
         part: sound
         for part, sounds in _PARTS.items()
@@ -54,7 +59,8 @@ def instruments_of(piece: Piece) -> dict[int, Instrument]:
 class Score:
     """A piece as it is written, and its plan in time.
 
-    A slot is the time of one chord: a bar, or half a bar where bars are long.
+    A slot is the time of the lead's motif: a bar, or half a bar where bars are long. A chord lasts
+    two.
 
     Attributes:
         piece: what it is.
@@ -100,7 +106,9 @@ class Score:
         return range(self.start, self.end, self.pattern.beats * TICKS)
 
     def add(self, tick: float, channel: int, pitch: int, velocity: int, length: float) -> None:
-        """Write a note, unless it would begin when all is over."""
+        """Write a note, short and unless it would begin when all is over."""
+        if channel in _LONGEST:
+            length = min(length, _LONGEST[channel] / self.piece.beat * TICKS)
         if tick < self.end:
             self.notes.append((
                 round(tick),
@@ -124,7 +132,7 @@ class Score:
         choices = self.random.permutation(_PROGRESSIONS[self.piece.mode])
         phrases = {"A": str(choices[0]).split(), "B": str(choices[1]).split()}
         degrees = [
-            phrases[FORM[slot // PHRASE % len(FORM)]][slot % PHRASE] for slot in range(count)
+            phrases[FORM[slot // PHRASE % len(FORM)]][slot // _HELD % 4] for slot in range(count)
         ]
         degrees[-1] = _DOMINANTS[self.piece.mode]
         return [self._chord_on(degree) for degree in degrees]

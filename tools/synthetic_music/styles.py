@@ -20,7 +20,6 @@ class Style:
         fastest: bpm.
         bass: that it is played with, one of these.
         chords: likewise.
-        pad: likewise; none where empty.
         leads: that it likes.
         names: that descriptions use.
     """
@@ -30,7 +29,6 @@ class Style:
     fastest: int
     bass: tuple[str, ...]
     chords: tuple[str, ...]
-    pad: tuple[str, ...]
     leads: tuple[str, ...]
     names: tuple[str, ...]
 
@@ -42,7 +40,6 @@ STYLES: Final = {
         95,
         ("bass guitar",),
         ("electric piano", "harp"),
-        ("strings",),
         ("piano", "violin", "acoustic guitar", "choir"),
         ("ballad", "slow ballad"),
     ),
@@ -52,7 +49,6 @@ STYLES: Final = {
         108,
         ("synth bass",),
         ("electric piano", "clavinet"),
-        (),
         ("vibraphone", "flute", "synth", "piano"),
         ("hip hop", "hip hop beat"),
     ),
@@ -62,7 +58,6 @@ STYLES: Final = {
         96,
         ("bass guitar",),
         ("clean guitar", "synth brass"),
-        (),
         ("organ", "trumpet", "saxophone"),
         ("reggae",),
     ),
@@ -72,7 +67,6 @@ STYLES: Final = {
         124,
         ("bass guitar",),
         ("clavinet", "clean guitar"),
-        (),
         ("saxophone", "trumpet", "organ"),
         ("funk",),
     ),
@@ -82,7 +76,6 @@ STYLES: Final = {
         172,
         ("bass guitar",),
         ("clean guitar",),
-        (),
         ("electric guitar", "organ", "synth"),
         ("rock", "rock song"),
     ),
@@ -92,7 +85,6 @@ STYLES: Final = {
         142,
         ("synth bass",),
         ("synth brass", "electric piano"),
-        ("synth pad",),
         ("synth", "piano", "vibraphone"),
         ("house", "house track"),
     ),
@@ -102,7 +94,6 @@ STYLES: Final = {
         136,
         ("bass guitar", "synth bass"),
         ("clean guitar", "brass"),
-        ("strings",),
         ("violin", "trumpet", "synth", "flute"),
         ("disco",),
     ),
@@ -112,7 +103,6 @@ STYLES: Final = {
         180,
         ("synth bass",),
         ("electric piano",),
-        ("synth pad",),
         ("synth", "choir", "vibraphone"),
         ("drum and bass", "drum and bass track"),
     ),
@@ -122,7 +112,6 @@ STYLES: Final = {
         168,
         ("double bass",),
         ("clean guitar", "electric piano"),
-        (),
         ("flute", "saxophone", "acoustic guitar", "vibraphone"),
         ("bossa nova",),
     ),
@@ -132,7 +121,6 @@ STYLES: Final = {
         180,
         ("double bass",),
         ("electric piano", "clean guitar"),
-        (),
         ("saxophone", "trumpet", "piano", "vibraphone"),
         ("swing", "jazz swing"),
     ),
@@ -142,7 +130,6 @@ STYLES: Final = {
         180,
         ("double bass", "tuba"),
         ("harp", "harpsichord"),
-        ("strings",),
         ("accordion", "violin", "piano", "flute"),
         ("waltz",),
     ),
@@ -152,7 +139,6 @@ STYLES: Final = {
         150,
         ("tuba",),
         ("brass", "banjo"),
-        (),
         ("accordion", "trumpet", "flute"),
         ("polka",),
     ),
@@ -162,7 +148,6 @@ STYLES: Final = {
         112,
         ("bass guitar",),
         ("marimba", "brass"),
-        (),
         ("accordion", "flute", "trumpet"),
         ("cumbia", "latin cumbia"),
     ),
@@ -172,7 +157,6 @@ STYLES: Final = {
         150,
         ("double bass",),
         ("harpsichord", "harp"),
-        ("strings",),
         ("violin", "flute", "piano", "choir", "organ"),
         ("classical piece", "classical"),
     ),
@@ -182,7 +166,6 @@ STYLES: Final = {
         132,
         ("double bass",),
         ("banjo", "clean guitar"),
-        (),
         ("acoustic guitar", "violin", "accordion", "flute"),
         ("folk", "folk song"),
     ),

@@ -33,9 +33,9 @@ Chroma of a melody is taken of the whole mix, for a stem separator can't be bund
 
 Pieces of {piece:g} s, composed by rules and played by fluidsynth with FluidR3 GM. The language
 model heard {heard:.0f} hours of music (pieces several times, in other crops and wordings) in
-{hours:.1f} hours of work.{begun} Its loss on pieces that it was not trained on is {loss:.3f} nats per
-code with text and melody, {text:.3f} without the melody, {other_text:.3f} with another piece's text
-instead, and {nothing:.3f} with neither.
+{hours:.1f} hours of work.{begun} Its loss on pieces that it was not trained on is {loss:.3f} nats
+per code with text and melody, {text:.3f} without the melody, {other_text:.3f} with another piece's
+text instead, and {nothing:.3f} with neither.
 
     codec=CODEC/compression_state_dict.safetensors
     python -m tools.tiny.codec --out CODEC --hours H
