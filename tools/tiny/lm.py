@@ -48,8 +48,10 @@ from audiocraft.solvers.conditions import (
 )
 from audiocraft.solvers.musicgen import Clip, Trainer, TrainSettings, Update
 from audiocraft.solvers.optimizers import OptimizerSettings
-from tools.synthetic_music.pieces import Piece
+from tools.synthetic_music.midi import TICKS
+from tools.synthetic_music.pieces import FRAME, Piece
 from tools.synthetic_music.rendering import RATE
+from tools.synthetic_music.score import Score
 from tools.tiny.codec import join, split
 from tools.tiny.config import MELODY, TEXT, Shape, lm_config
 from tools.tiny.dataset import (
@@ -72,7 +74,7 @@ _THREADS: Final = 2
 _WARM_UP: Final = 200  # updates
 _BETAS: Final = (0.9, 0.975)  # the second one of larger batches, 0.95, for half as many crops
 _TRIAL: Final = 50  # updates after which it is known how many there will be
-_REPORT_SECONDS: Final = 600  # from evaluation to evaluation
+_REPORT_SECONDS: Final = 240  # from evaluation to evaluation
 _SAVE_SECONDS: Final = 180
 _MEASURED: Final = 48  # crops
 _ANY_LENGTH: Final = 1000  # words
@@ -86,6 +88,8 @@ _SHORTER: Final = 4
 class Crops:
     """Crops of pieces with their descriptions; those of an update depend on its number alone.
 
+    They begin with a bar: where beats are is told by the tempo then, before anything is heard.
+
     Args:
         music: encoded.
         context: seconds of a crop.
@@ -98,6 +102,11 @@ class Crops:
         self._frames = round(context * frame_rate)
         frame = round(RATE / frame_rate)
         self._step = grid(extractor(), frame) // frame
+        self._hop = extractor().winhop / frame  # frames of the codes in one of the chroma
+        last = self._step * (music.chroma.shape[1] - 1)
+        self._starts = [
+            [start for start in _bars(piece) if start <= last] for piece in music.pieces
+        ]
         self._lengths = [np.array([len(t.split()) for t in texts]) for texts in music.texts]
         self._metadata = [_metadata(piece) for piece in music.pieces]
         self._one_hot = torch.eye(12)
@@ -120,38 +129,48 @@ class Crops:
         for place in range(first, first + size * (_SHORTER if shorter else 1)):
             number, index = divmod(place, len(self._music.pieces))
             row = int(self._order(number)[index])
-            crop = int(random.integers(self._music.chroma.shape[1]))
+            start = int(random.choice(self._starts[row]))
             if random.random() < _BEGINNINGS:
-                crop = 0
+                start = self._starts[row][0]
             lengths = self._lengths[row]
             fitting = np.flatnonzero(lengths <= max(longest, lengths.min()))
             wording = int(random.choice(fitting))
             longest = lengths[wording] if not clips else longest
-            clip = self._clip(row, crop, wording, frames)
+            clip = self._clip(row, start, wording, frames)
             clips.append(clip if described else replace(clip, description=None, metadata={}))
         return clips
 
     def measured(self, count: int) -> list[Clip]:
         """The same crops always, of the first pieces, each with the first of its descriptions."""
-        crops = self._music.chroma.shape[1]
-        return [self._clip(row, row * 7 % crops, 0, self._frames) for row in range(count)]
+        starts = [self._starts[row][row % len(self._starts[row])] for row in range(count)]
+        return [self._clip(row, start, 0, self._frames) for row, start in enumerate(starts)]
 
     def _shuffled(self, number: int) -> NDArray[np.int64]:
         return np.random.default_rng([SEED, 0, number]).permutation(len(self._music.pieces))
 
-    def _clip(self, row: int, crop: int, wording: int, frames: int) -> Clip:
-        begin = crop * self._step
-        codes = self._music.codes[row, :, begin : begin + frames].astype(np.int64)
-        classes = self._music.chroma[row, crop].astype(np.int64)
+    def _clip(self, row: int, start: int, wording: int, frames: int) -> Clip:
+        crop, after = divmod(start, self._step)
+        moved = round(after / self._hop)  # to the nearest frame of the chroma
+        # The crop that begins a step later has what follows in its last frames.
+        shared = round(self._step / self._hop) - moved
+        before, following = self._music.chroma[row, [crop, crop + bool(after)]]
+        end = len(following) - shared
+        classes = np.concatenate([before[moved:], following[end - moved : end]])
+        codes = self._music.codes[row, :, start : start + frames].astype(np.int64)
         return Clip(
-            f"{self._music.pieces[row].name} {crop}",
+            f"{self._music.pieces[row].name} {start}",
             torch.from_numpy(codes),
             frames,
             self._music.texts[row][wording],
             self._metadata[row],
-            self._one_hot[torch.from_numpy(classes)],
+            self._one_hot[torch.from_numpy(classes.astype(np.int64))],
             self._samples,
         )
+
+
+def _bars(piece: Piece) -> list[int]:
+    """Frames with which the bars of a piece begin."""
+    return [round(tick / TICKS * piece.beat / FRAME) for tick in Score(piece).bars]
 
 
 def _metadata(piece: Piece) -> Metadata:
