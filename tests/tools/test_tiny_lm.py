@@ -109,9 +109,9 @@ def test_each_piece_comes_once_in_a_pass_and_beginnings_come_oftener(crops):
     starts = {}
     for name, start in map(str.split, keys):
         starts.setdefault(name, []).append(int(start))
-    assert min(len(set(found)) for found in starts.values()) > 3
+    assert min(len(set(found)) for found in starts.values()) >= 2
     beginnings = np.mean([start == min(found) for found in starts.values() for start in found])
-    assert 0.2 < beginnings < 0.4  # 0.2, and some of the rest
+    assert 0.2 < beginnings < 0.6  # 0.2, and those of the rest, of some five starts
 
 
 def test_its_configuration_has_the_keys_of_released_ones():
@@ -201,6 +201,21 @@ def test_each_evaluation_is_a_line_of_the_log(finished):
     assert line["loss"] == pytest.approx(np.mean(line["per_codebook"]), abs=1e-3)
     again = evaluate(run.trainer, run.measured)
     assert again == {name: line[name] for name in again}
+
+
+def test_later_codebooks_teach_the_transformer_less(data, tmp_path):
+    run = run_in(tmp_path / "run", data)
+    lm = run.trainer.lm
+    hidden = torch.randn(2, 3, 32, requires_grad=True)
+    lengths = []
+    for linear in lm.linears:
+        torch.nn.init.ones_(linear.weight)
+        out = linear(hidden)
+        assert torch.equal(out, torch.nn.functional.linear(hidden, linear.weight, linear.bias))
+        (passed,) = torch.autograd.grad(out.sum(), hidden)
+        lengths.append(float(passed.mean()))
+    shares = [length / lengths[0] for length in lengths]
+    assert shares == pytest.approx([1, 1, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125])
 
 
 def test_an_evaluation_says_what_conditions_are_worth(data, tmp_path):

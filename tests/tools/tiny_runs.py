@@ -14,7 +14,7 @@ from tools.tiny.dataset import HELD_OUT, SECONDS, TRAINED, Music, Settings, save
 from tools.tiny.lm import Run
 
 CODEC = BUNDLED / "tiny/compression_state_dict.safetensors"
-CONTEXT, PIECES, CROPS = 12.0, 8, 29
+CONTEXT, PIECES, CROPS = 12.0, 8, 13
 SHAPE = Shape(dim=32, layers=1, heads=2, batch_size=2, lr=1e-3)
 
 
@@ -25,7 +25,7 @@ def music(seed, count=PIECES):
     return Music(
         pieces,
         tuple(descriptions(piece) for piece in pieces),
-        random.integers(0, 256, (count, 8, 1500), dtype=np.uint16),
+        random.integers(0, 256, (count, 8, 1000), dtype=np.uint16),
         random.integers(0, 12, (count, CROPS, 94), dtype=np.uint8),
     )
 

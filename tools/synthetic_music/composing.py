@@ -26,8 +26,8 @@ from tools.synthetic_music.score import (
     instruments_of,
 )
 
-_DECIBELS: Final = {LEAD: 0.0, BASS: -3.0, COMP: -8.0}
-_DRUM_VOLUME: Final = 94
+_DECIBELS: Final = {LEAD: 0.0, BASS: -4.0, COMP: -10.0}
+_DRUM_VOLUME: Final = 88
 _PANS: Final = {LEAD: 64, BASS: 64, COMP: 40}  # 64 is the middle
 _VOLUME, _PAN = 7, 10  # controllers
 
@@ -35,8 +35,8 @@ _KICK, _SNARE, _HAT, _TOM, _CRASH = 36, 38, 42, 45, 49  # General MIDI
 _PERHAPS: Final = 0.5
 # Rhythms of a beat by its steps, and how many notes a second a melody should have.
 _CELLS: Final = {
-    4: ("x...", "x.x.", "x.xx", "xxx.", "xxxx", "x..x"),
-    3: ("x..", "x.x", "xxx"),
+    4: ("x...", "x.x."),
+    3: ("x..", "x.x"),
     2: ("x.", "xx"),
 }
 _DENSITY: Final = 2.4

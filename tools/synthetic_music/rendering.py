@@ -28,7 +28,7 @@ _GRID: Final = 20
 _OPTIONS: Final = (
     # A note is as loud in all pieces: they have -16 LKFS on average, -20 to -13, and hardly one
     # comes near full scale.
-    *("-T", "raw", "-O", "float", "-g", "1"),
+    *("-T", "raw", "-O", "float", "-g", "1.3"),
     *("-C", "0"),  # the chorus costs a quarter of the time
     # A tail on all that follows would hide from the codes that a note is heard again.
     *("-R", "0"),

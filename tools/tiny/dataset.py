@@ -2,7 +2,7 @@
 
     python -m tools.tiny.dataset --codec FILE --out FOLDER --hours H [--jobs 2]
 
-A file holds three hours: the codes of whole pieces, the chroma of every crop that may be taken of
+A file holds two hours: the codes of whole pieces, the chroma of every crop that may be taken of
 them, and the truth. Audio is not kept. Whatever ends the command, the same one goes on from the
 files that are there. The pieces that are held out are of another seed, in a file of their own.
 """
@@ -41,14 +41,14 @@ SEED, HELD_OUT_SEED = 204, 202
 TRAINED, HELD_OUT = "trained", "held-out"
 """What the names of their files begin with."""
 
-SECONDS: Final = 30.0
+SECONDS: Final = 20.0
 """Of a piece."""
 
 CHROMA_EXPONENT: Final = 14
 """Of the chroma's window, as released versions have it."""
 
-_HOURS: Final = 3.0  # of a file: 9 MB of codes and 1 MB of chroma
-_HELD_OUT_PIECES: Final = 120
+_HOURS: Final = 2.0  # of a file: 6 MB of codes and 0.3 MB of chroma
+_HELD_OUT_PIECES: Final = 60
 _SETTINGS: Final = "settings.json"
 
 
