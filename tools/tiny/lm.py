@@ -84,9 +84,10 @@ _BEGINNINGS: Final = 0.2  # share of crops that are the beginning of a piece
 # How much of the gradient of a codebook's loss gets beyond its head. All of the music is in the
 # first ones; the last ones have most of the loss, which can only be learnt by heart.
 _SHARES: Final = (1.0, 0.5, 0.25, 0.125)
-# Every second update has as much music in so many times as many crops. What a prompt tells, a crop
-# needs most where nothing has been heard yet.
-_SHORTER: Final = 4
+# Every second update has more crops, each a part of the context. What a prompt tells of key and tempo
+# is needed where nothing has been heard yet, and over a whole crop its worth is lost in the rest.
+_SHORTER: Final = 12
+_MORE: Final = 5
 
 
 class Crops:
@@ -128,9 +129,9 @@ class Crops:
         longest = _ANY_LENGTH
         described = bool(random.random() >= _UNDESCRIBED)
         pair, shorter = divmod(update - 1, 2)
-        first = pair * size * (1 + _SHORTER) + shorter * size
+        first = pair * size * (1 + _MORE) + shorter * size
         frames = self._frames // _SHORTER if shorter else self._frames
-        for place in range(first, first + size * (_SHORTER if shorter else 1)):
+        for place in range(first, first + size * (_MORE if shorter else 1)):
             number, index = divmod(place, len(self._music.pieces))
             row = int(self._order(number)[index])
             start = int(random.choice(self._starts[row]))
@@ -278,7 +279,7 @@ class Run:
             TrainSettings(
                 updates=10**9,  # for now; the rate rises at first, however many there are
                 batch_size=shape.batch_size,
-                micro_batch=shape.batch_size,
+                micro_batch=shape.batch_size * _MORE,
                 seed=SEED,
                 optimizer=OptimizerSettings("adamw", shape.lr, _BETAS),
                 warmup=_WARM_UP,
