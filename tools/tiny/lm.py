@@ -26,7 +26,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.utils import logging
 
 from audiocraft.errors import AudiocraftError, InputError
@@ -81,11 +82,12 @@ _MEASURED: Final = 48  # crops
 _ANY_LENGTH: Final = 1000  # words
 _UNDESCRIBED: Final = 0.04  # share of updates without texts, as an empty prompt is
 _BEGINNINGS: Final = 0.2  # share of crops that are the beginning of a piece
+_DROPOUT: Final = 0.1  # of what each layer adds: there are fewer pieces than can be learnt by heart
 # How much of the gradient of a codebook's loss gets beyond its head. All of the music is in the
 # first ones; the last ones have most of the loss, which can only be learnt by heart.
 _SHARES: Final = (1.0, 0.5, 0.25, 0.125)
-# Every second update has more crops, each a part of the context. What a prompt tells of key and tempo
-# is needed where nothing has been heard yet, and over a whole crop its worth is lost in the rest.
+# Every second update has more crops, each a part of the context. What a prompt tells of key and
+# tempo is needed where nothing has been heard yet; over a whole crop its worth is lost in the rest.
 _SHORTER: Final = 12
 _MORE: Final = 5
 
@@ -183,6 +185,11 @@ def _pass_back(share: float) -> Callable[[Any, tuple[Tensor]], tuple[Tensor]]:
     return hook
 
 
+def _drop(module: nn.Module, _: Any, output: Tensor) -> Tensor:
+    """A hook that drops values of what a module gives, in training."""
+    return F.dropout(output, _DROPOUT, module.training)
+
+
 def _bars(piece: Piece) -> list[int]:
     """Frames with which the bars of a piece begin."""
     return [round(tick / TICKS * piece.beat / FRAME) for tick in Score(piece).bars]
@@ -274,6 +281,9 @@ class Run:
             assign_state(lm, weights, "cpu", name=str(begin_from))
         for number, head in enumerate(lm.linears):
             head.register_forward_pre_hook(_pass_back(_SHARES[number * len(_SHARES) // lm.n_q]))
+        for name, module in lm.transformer.named_modules():
+            if name.endswith((".out_proj", ".linear2")):
+                module.register_forward_hook(_drop)
         self.trainer = Trainer(
             lm.to(device),
             TrainSettings(
@@ -324,6 +334,7 @@ class Run:
         trainer, size = self.trainer, self.shape.batch_size
         while trainer.update < trainer.settings.updates:
             number = trainer.update + 1
+            torch.manual_seed(SEED + number)  # of the dropout
             trainer.train(self.crops.batch(number, size), recent.append, number)
             if not self._planned and number >= _TRIAL:
                 left = max(0.0, self.seconds - self.spent())
@@ -360,15 +371,13 @@ class Run:
         if self.best is None or measures["loss"] < self.best:
             self.best = measures["loss"]
             self.export(self.folder / RELEASE)
-        music = len(recent) * self.shape.batch_size * self.context
+        each = self.shape.batch_size * self.context * (1 + _MORE / _SHORTER) / 2  # seconds
         line = {
             "update": self.trainer.update,
             "updates": self.trainer.settings.updates,
             "hours": round(self.spent() / 3600, 3),
-            "heard_hours": round(
-                self.trainer.update * self.shape.batch_size * self.context / 3600, 2
-            ),
-            "times_real_time": round(music / clock, 1),
+            "heard_hours": round(self.trainer.update * each / 3600, 2),
+            "times_real_time": round(len(recent) * each / clock, 1),
             "lr": float(f"{recent[-1].lr:.3g}"),
             "grad_norm": round(float(np.mean([update.grad_norm for update in recent])), 3),
             "exclude_style": self.exclude_style,
