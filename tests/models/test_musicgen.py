@@ -149,7 +149,7 @@ def test_progress_runs_once_from_start_to_end(tiny):
     tiny.generate(["a"], progress=True)
     tiny.max_duration = VERSIONS["tiny"].context
     tiny.set_custom_progress_callback(None)
-    total = (100 + 3) + (75 - 25 + 3)
+    total = (100 + 7) + (75 - 25 + 7)
     assert calls == [(done, total) for done in range(1, total + 1)]
 
 
