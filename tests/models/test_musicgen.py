@@ -159,7 +159,7 @@ def test_a_progress_bar(tiny, capfd):
     assert capfd.readouterr() == ("", "")
     tiny.generate(["a"], progress=True)
     captured = capfd.readouterr()
-    assert "28/28" in captured.err
+    assert "32/32" in captured.err
     assert captured.out == ""
 
 

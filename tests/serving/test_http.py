@@ -172,10 +172,10 @@ def test_minus_one_draws_a_seed(served):
 
 def test_progress_is_logged(served):
     answer, _ = made(served, prompt="x", duration=4)
-    lines = re.findall(r"(\d+) %, (\d+) of 207 steps, \d+ s left", answer["logs"])
+    lines = re.findall(r"(\d+) %, (\d+) of 203 steps, \d+ s left", answer["logs"])
     assert len(lines) == 10
     assert [int(percent) // 10 for percent, _ in lines] == list(range(1, 11))
-    assert all(int(percent) == 100 * int(done) // 207 for percent, done in lines)
+    assert all(int(percent) == 100 * int(done) // 203 for percent, done in lines)
 
 
 # What is refused
