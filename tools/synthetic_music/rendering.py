@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tools.synthetic_music.composing import Composition, compose
 from tools.synthetic_music.midi import play
-from tools.synthetic_music.pieces import Piece
+from tools.synthetic_music.pieces import FRAME, Piece
 
 RATE: Final = 32000
 """Hz, of the codec."""
@@ -23,11 +23,11 @@ PEAK: Final = 0.94
 
 # Milliseconds of a frame of the codec. A note that begins with a frame has the same codes wherever
 # it is played, as far as it is heard alone, and what repeats in music repeats in them.
-_GRID: Final = 20
+_GRID: Final = round(1000 * FRAME)
 
 _OPTIONS: Final = (
-    # A note is as loud in all pieces: they have -16 LKFS on average, -20 to -13, and hardly one
-    # comes near full scale.
+    # A note is as loud in all pieces: 48 of them have -19 to -15 LKFS, and hardly one comes near
+    # full scale.
     *("-T", "raw", "-O", "float", "-g", "1.3"),
     *("-C", "0"),  # the chorus costs a quarter of the time
     # A tail on all that follows would hide from the codes that a note is heard again.
