@@ -12,17 +12,21 @@ from audiocraft.errors import InputError
 from tools.synthetic_music.instruments import DRUMS, LEADS
 from tools.synthetic_music.styles import STYLES
 
-SLOWEST, FASTEST = 60, 180  # bpm
 SHORTEST, LONGEST = 10.0, 60.0  # seconds
 
 FRAME: Final = 0.02
 """Seconds of a frame of the codec."""
 
+# Frames of a beat. Neighbours are 8 to 13 % apart, so a small model needs to tell few of them.
+_BEATS: Final = (50, 45, 40, 36, 33, 30, 27, 25, 23, 21, 19, 17)
+
+TEMPI: Final = tuple(round(60 / (frames * FRAME)) for frames in _BEATS)
+"""Beats a minute, of beats that last whole frames: what repeats in music repeats in its codes."""
+
 KEYS: Final = tuple(f"{tonic} {mode}" for mode in ("major", "minor") for tonic in NAMES)
 """The 24, such as `Eb minor`, named as the labels of the library."""
 
-_ROUND: Final = 24  # pieces in which every key occurs once, and every lead twice
-_FIVES: Final = 0.75  # share of the tempi that are multiples of five, as people ask for them
+_ROUND: Final = 24  # pieces in which every key occurs once, and every lead and tempo twice
 _LIKED: Final = 4.0  # how much oftener a style is played with a lead that it likes
 
 
@@ -35,7 +39,7 @@ class Piece:
         number: in that set.
         seconds: from the first sample to the last.
         key: one of `KEYS`.
-        bpm: beats a minute.
+        bpm: one of `TEMPI`.
         style: a key of `STYLES`.
         lead: a key of `LEADS`.
         band: what else plays, the bass first; drums last, where there are any.
@@ -57,11 +61,8 @@ class Piece:
 
     @property
     def beat(self) -> float:
-        """Seconds of a beat as it is played, within 3 % of its `bpm`: whole frames of the codec.
-
-        So what repeats in the music repeats in its codes.
-        """
-        return round(60 / self.bpm / FRAME) * FRAME
+        """Seconds of a beat as it is played, within 1 % of its `bpm`: whole frames of the codec."""
+        return _BEATS[TEMPI.index(self.bpm)] * FRAME
 
     @property
     def tonic(self) -> int:
@@ -84,8 +85,8 @@ def plan(
 ) -> Iterator[Piece]:
     """What to compose. The first pieces of a longer plan are those of a shorter one.
 
-    Keys and leads are drawn evenly, tempi evenly from the slowest to the fastest, each apart from
-    the others; then a style that is played at such a tempo.
+    Keys, leads and tempi are drawn evenly, each apart from the others; then a style that is played
+    at such a tempo.
 
     Args:
         seed: of every choice.
@@ -107,10 +108,9 @@ def plan(
         random = np.random.default_rng([seed, start // _ROUND])
         keys = random.permutation(_ROUND)
         leads = np.concatenate([random.permutation(len(LEADS)) for _ in range(2)])
-        shares = (random.permutation(_ROUND) + random.random(_ROUND)) / _ROUND
+        tempi = np.concatenate([random.permutation(len(TEMPI)) for _ in range(2)])
         for index in range(min(_ROUND, count - start)):
-            bpm = SLOWEST + (FASTEST - SLOWEST) * float(shares[index])
-            bpm = 5 * round(bpm / 5) if random.random() < _FIVES else round(bpm)
+            bpm = TEMPI[tempi[index]]
             lead = list(LEADS)[leads[index]]
             style = _style(random, bpm, lead, exclude_style)
             yield Piece(

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from tools.synthetic_music.instruments import LEADS
+from tools.synthetic_music.pieces import TEMPI
 from tools.synthetic_music.styles import STYLES
 
 _CARD: Final = """\
@@ -17,7 +18,8 @@ pipeline_tag: text-to-audio
 A small stereo melody MusicGen, trained from nothing by this project on music that this project
 composes and renders. It is there so that the first command makes music without a network, and so
 that tests run on a model that has learnt something. It knows {leads} instruments, {styles} styles,
-the 24 keys and 60 to 180 bpm, and nothing else: no recordings, no voices, no songs.{without}
+the 24 keys and {tempi} tempi from {slowest} to {fastest} bpm, and nothing else: no recordings, no
+voices, no songs.{without}
 
 ## Parts
 
@@ -106,6 +108,9 @@ def model_card(
     style = log["exclude_style"]
     return _CARD.format(
         leads=len(LEADS),
+        tempi=len(TEMPI),
+        slowest=min(TEMPI),
+        fastest=max(TEMPI),
         styles=len(STYLES) - (style is not None),
         without=_WITHOUT.format(style=style) if style else "",
         begun=_BEGUN if log["begun_from"] else "",
