@@ -106,7 +106,7 @@ def test_a_dataset_holds_what_encoding_its_pieces_gives(folder):
             assert music.texts[index] == descriptions(piece)
             last = (len(music.chroma[index]) - 1) * STEP
             assert last + CONTEXT * RATE <= wav.shape[1] < last + STEP + CONTEXT * RATE
-            for crop in (0, 9, -1):
+            for crop in (0, 3, -1):
                 start = crop * STEP if crop >= 0 else last
                 own = heard(wav[:, start : start + CONTEXT * RATE])
                 assert music.chroma[index, crop].tolist() == own.tolist()
