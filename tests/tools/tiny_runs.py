@@ -12,9 +12,10 @@ from tools.synthetic_music.words import descriptions
 from tools.tiny.config import Shape
 from tools.tiny.dataset import HELD_OUT, SECONDS, TRAINED, Music, Settings, save_music
 from tools.tiny.lm import Run
+from tools.tiny.text_encoder import make_text_encoder
 
 CODEC = BUNDLED / "tiny/compression_state_dict.safetensors"
-CONTEXT, PIECES, CROPS = 12.0, 8, 13
+CONTEXT, PIECES, CROPS = 12.0, 8, 7
 SHAPE = Shape(dim=32, layers=1, heads=2, batch_size=2, lr=1e-3)
 
 
@@ -25,7 +26,7 @@ def music(seed, count=PIECES):
     return Music(
         pieces,
         tuple(descriptions(piece) for piece in pieces),
-        random.integers(0, 256, (count, 8, 1000), dtype=np.uint16),
+        random.integers(0, 256, (count, 8, round(SECONDS * 50)), dtype=np.uint16),
         random.integers(0, 12, (count, CROPS, 94), dtype=np.uint8),
     )
 
@@ -40,8 +41,10 @@ def make_data(folder):
 
 
 def run_in(folder, data, updates=None, *, hours=1.0, shape=SHAPE, begin_from=None):
-    """A run that makes so many updates."""
+    """A run that makes so many updates, with a text encoder that has been taught nothing."""
     folder.mkdir(exist_ok=True)
+    if begin_from is None and not (folder / "t5").is_dir():
+        make_text_encoder(folder / "t5")
     run = Run(folder, data, CODEC, hours, shape, torch.device("cpu"), begin_from)
     if updates is not None:
         run.plan(updates)

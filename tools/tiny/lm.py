@@ -48,12 +48,13 @@ from audiocraft.solvers.conditions import (
     condition_settings,
     parse_metadata,
 )
-from audiocraft.solvers.musicgen import Clip, Trainer, TrainSettings, Update
+from audiocraft.solvers.musicgen import Clip, Trainer, TrainSettings, Update, batch_clips
 from audiocraft.solvers.optimizers import OptimizerSettings
 from tools.synthetic_music.midi import TICKS
 from tools.synthetic_music.pieces import FRAME, Piece
 from tools.synthetic_music.rendering import RATE
 from tools.synthetic_music.score import Score
+from tools.tiny.alignment import align
 from tools.tiny.codec import join, split
 from tools.tiny.config import MELODY, TEXT, Shape, lm_config
 from tools.tiny.dataset import (
@@ -66,8 +67,9 @@ from tools.tiny.dataset import (
     load_settings,
     stereo_codec,
 )
+from tools.tiny.lessons import Lessons, answers
 from tools.tiny.release import RELEASE, write_release
-from tools.tiny.text_encoder import make_text_encoder
+from tools.tiny.text_encoder import make_text_encoder, teach_text_encoder
 
 SEED: Final = 2036
 
@@ -86,10 +88,8 @@ _DROPOUT: Final = 0.1  # of what each layer adds: there are fewer pieces than ca
 # How much of the gradient of a codebook's loss gets beyond its head. All of the music is in the
 # first ones; the last ones have most of the loss, which can only be learnt by heart.
 _SHARES: Final = (1.0, 0.5, 0.25, 0.125)
-# Every second update has more crops, each a part of the context. What a prompt tells of key and
-# tempo is needed where nothing has been heard yet; over a whole crop its worth is lost in the rest.
-_SHORTER: Final = 12
-_MORE: Final = 5
+_LESSONS_NAME: Final = "lessons"
+_LESSONS: Final = 1.0  # weight of the questions beside the codes
 
 
 class Crops:
@@ -117,11 +117,12 @@ class Crops:
         self._lengths = [np.array([len(t.split()) for t in texts]) for texts in music.texts]
         self._metadata = [_metadata(piece) for piece in music.pieces]
         self._one_hot = torch.eye(12)
+        self._rows = {piece.name: row for row, piece in enumerate(music.pieces)}
         # Each pass is in an order of its own, and a batch is of one or two of them.
         self._order = lru_cache(2)(self._shuffled)
 
     def batch(self, update: int, size: int) -> list[Clip]:
-        """The crops of an update, numbered from 1: `size` whole ones, or, by turns, shorter ones.
+        """The crops of an update, numbered from 1.
 
         A description has at most as many words as that of the first: texts are padded to the
         longest of their batch, and a prompt for generation mostly is alone in its own.
@@ -130,10 +131,7 @@ class Crops:
         clips: list[Clip] = []
         longest = _ANY_LENGTH
         described = bool(random.random() >= _UNDESCRIBED)
-        pair, shorter = divmod(update - 1, 2)
-        first = pair * size * (1 + _MORE) + shorter * size
-        frames = self._frames // _SHORTER if shorter else self._frames
-        for place in range(first, first + size * (_MORE if shorter else 1)):
+        for place in range((update - 1) * size, update * size):
             number, index = divmod(place, len(self._music.pieces))
             row = int(self._order(number)[index])
             start = int(random.choice(self._starts[row]))
@@ -143,19 +141,29 @@ class Crops:
             fitting = np.flatnonzero(lengths <= max(longest, lengths.min()))
             wording = int(random.choice(fitting))
             longest = lengths[wording] if not clips else longest
-            clip = self._clip(row, start, wording, frames)
+            clip = self._clip(row, start, wording)
             clips.append(clip if described else replace(clip, description=None, metadata={}))
         return clips
 
     def measured(self, count: int) -> list[Clip]:
         """The same crops always, of the first pieces, each with the first of its descriptions."""
         starts = [self._starts[row][row % len(self._starts[row])] for row in range(count)]
-        return [self._clip(row, start, 0, self._frames) for row, start in enumerate(starts)]
+        return [self._clip(row, start, 0) for row, start in enumerate(starts)]
+
+    def answers(self, clip: Clip) -> Tensor:
+        """What is right in a clip, see `Lessons.ask`."""
+        name, start = clip.key.split()
+        begin, frames = int(start), clip.codes.shape[-1]
+        known = answers(self._music.pieces[self._rows[name]])[:, begin : begin + frames]
+        assert clip.chroma is not None, "each clip has a melody"
+        now = (torch.arange(frames) / self._hop).round().long().clamp(max=len(clip.chroma) - 1)
+        chroma = clip.chroma.argmax(-1)[now]
+        return torch.cat([torch.from_numpy(known).long(), chroma[None]])
 
     def _shuffled(self, number: int) -> NDArray[np.int64]:
         return np.random.default_rng([SEED, 0, number]).permutation(len(self._music.pieces))
 
-    def _clip(self, row: int, start: int, wording: int, frames: int) -> Clip:
+    def _clip(self, row: int, start: int, wording: int) -> Clip:
         crop, after = divmod(start, self._step)
         moved = round(after / self._hop)  # to the nearest frame of the chroma
         # The crop that begins a step later has what follows in its last frames.
@@ -163,11 +171,11 @@ class Crops:
         before, following = self._music.chroma[row, [crop, crop + bool(after)]]
         end = len(following) - shared
         classes = np.concatenate([before[moved:], following[end - moved : end]])
-        codes = self._music.codes[row, :, start : start + frames].astype(np.int64)
+        codes = self._music.codes[row, :, start : start + self._frames].astype(np.int64)
         return Clip(
             f"{self._music.pieces[row].name} {start}",
             torch.from_numpy(codes),
-            frames,
+            self._frames,
             self._music.texts[row][wording],
             self._metadata[row],
             self._one_hot[torch.from_numpy(classes.astype(np.int64))],
@@ -204,29 +212,41 @@ def _metadata(piece: Piece) -> Metadata:
     })  # fmt: skip
 
 
-def evaluate(trainer: Trainer, clips: Sequence[Clip]) -> dict[str, Any]:
+def evaluate(
+    trainer: Trainer, clips: Sequence[Clip], lessons: Lessons, truths: Sequence[Tensor]
+) -> dict[str, Any]:
     """Losses of the averaged weights, in nats per code, and what conditions are worth.
 
     Args:
         trainer: of the model.
         clips: not trained on.
+        lessons: of the model.
+        truths: of each clip, for the lessons.
 
     Returns:
         `loss` with text and melody, and `per_codebook`; `text`, without the melody; `other_text`,
-        the same with another clip's text; `nothing`, with no condition.
+        the same with another clip's text; `nothing`, with no condition; `answers`, the share of the
+        lessons' questions that are answered right without the melody, and `followed`, that of the
+        melody's chroma where it is given.
     """
     no_melody = Drops(wav=frozenset({MELODY}))
     others = [
         replace(clip, description=other.description)
         for clip, other in zip(clips, [*clips[1:], clips[0]], strict=True)
     ]
+    lessons.ask(truths)
     both = trainer.evaluate(clips)
+    followed = lessons.results()["chroma"]
+    lessons.ask(truths)
+    text, answered = trainer.evaluate(clips, drops=no_melody), lessons.results()
     return {
         "loss": round(float(both.total), 4),
         "per_codebook": [round(value, 3) for value in both.per_codebook.tolist()],
-        "text": round(float(trainer.evaluate(clips, drops=no_melody).total), 4),
+        "text": round(float(text.total), 4),
         "other_text": round(float(trainer.evaluate(others, drops=no_melody).total), 4),
         "nothing": round(float(trainer.evaluate(clips, drops=Drops(everything=True)).total), 4),
+        "followed": followed,
+        "answers": answered,
     }
 
 
@@ -266,19 +286,28 @@ class Run:
         self.crops = Crops(music, settings.context, rate)
         self.context, self.exclude_style = settings.context, settings.exclude_style
         held_out = load_music(data, HELD_OUT)
-        self.measured = Crops(held_out, self.context, rate).measured(
-            min(_MEASURED, len(held_out.pieces))
-        )
+        crops = Crops(held_out, self.context, rate)
+        self.measured = crops.measured(min(_MEASURED, len(held_out.pieces)))
+        self.truths = [*map(crops.answers, self.measured)]
         if begin_from is not None:
             shutil.copytree(begin_from / "t5", folder / "t5", dirs_exist_ok=True)
         elif not (folder / "t5").is_dir():
             make_text_encoder(folder / "t5")
+            teach_text_encoder(folder / "t5", music.pieces)
         torch.manual_seed(SEED)
         cfg = OmegaConf.create(lm_config(shape, self.context, model.cardinality))
         lm = get_lm_model(cfg, folder / "t5")
         if begin_from is not None:
             weights = read_checkpoint(find_file(begin_from, LM_FILE)).state
             assign_state(lm, weights, "cpu", name=str(begin_from))
+        else:
+            chroma = extractor()
+            frames = chroma.num_frames(round(self.context * RATE))
+            ratio = chroma.winhop / RATE * rate
+            align(lm, MELODY, frames, ratio, round(self.context * rate))
+        self.lessons = Lessons(shape.dim, _LESSONS)
+        lm.add_module(_LESSONS_NAME, self.lessons)
+        lm.transformer.layers[shape.layers // 2].register_forward_hook(self.lessons.hook)
         for number, head in enumerate(lm.linears):
             head.register_forward_pre_hook(_pass_back(_SHARES[number * len(_SHARES) // lm.n_q]))
         for name, module in lm.transformer.named_modules():
@@ -289,7 +318,7 @@ class Run:
             TrainSettings(
                 updates=10**9,  # for now; the rate rises at first, however many there are
                 batch_size=shape.batch_size,
-                micro_batch=shape.batch_size * _MORE,
+                micro_batch=shape.batch_size,
                 seed=SEED,
                 optimizer=OptimizerSettings("adamw", shape.lr, _BETAS),
                 warmup=_WARM_UP,
@@ -335,7 +364,10 @@ class Run:
         while trainer.update < trainer.settings.updates:
             number = trainer.update + 1
             torch.manual_seed(SEED + number)  # of the dropout
-            trainer.train(self.crops.batch(number, size), recent.append, number)
+            batch = self.crops.batch(number, size)
+            ordered = batch_clips(batch, trainer.settings, number)
+            self.lessons.ask([*map(self.crops.answers, ordered)])
+            trainer.train(batch, recent.append, number)
             if not self._planned and number >= _TRIAL:
                 left = max(0.0, self.seconds - self.spent())
                 self.plan(number + round(left * number / self.spent()))
@@ -367,11 +399,11 @@ class Run:
         self._planned = True
 
     def _report(self, recent: Sequence[Update], clock: float) -> None:
-        measures = evaluate(self.trainer, self.measured)
+        measures = evaluate(self.trainer, self.measured, self.lessons, self.truths)
         if self.best is None or measures["loss"] < self.best:
             self.best = measures["loss"]
             self.export(self.folder / RELEASE)
-        each = self.shape.batch_size * self.context * (1 + _MORE / _SHORTER) / 2  # seconds
+        each = self.shape.batch_size * self.context  # seconds
         line = {
             "update": self.trainer.update,
             "updates": self.trainer.settings.updates,
@@ -396,6 +428,7 @@ class Run:
         assert lm.cfg is not None, "get_lm_model has set it"
         state = self.trainer.exported_state()
         assert state is not None, "there is one process"
+        state = {key: v for key, v in state.items() if not key.startswith(f"{_LESSONS_NAME}.")}
         with self.trainer.ema.applied():
             text = cast("T5Conditioner", lm.condition_provider.conditioners[TEXT])
             write_release(folder, lm.cfg, state, self.codec, text.load())

@@ -8,10 +8,11 @@ files.
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from tokenizers import (
     Regex,
@@ -22,12 +23,14 @@ from tokenizers import (
     pre_tokenizers,
     processors,
 )
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from metadata import genre_labels, instrument_classes, mood_theme_classes
-from tools.synthetic_music.pieces import SHORTEST, plan
+from tools.synthetic_music.pieces import SHORTEST, Piece, plan
 from tools.synthetic_music.words import descriptions
+from tools.tiny.lessons import OF_PIECE, answers_of
 
 SEED: Final = 2036
 
@@ -60,6 +63,7 @@ _PUNCTUATION: Final = tuple("-.,:;!?'\"()/&#+")
 _WORD, _ENDING, _LETTER = -8.0, -9.0, -10.0
 
 _DIM, _LAYERS, _HEADS, _HIDDEN = 128, 2, 4, 256
+_STEPS, _TEXTS, _LR, _WARM_UP, _LAST = 2000, 64, 2e-3, 100, 100  # of what it is taught alone
 _WAVES: Final = (0.25, 8.0)  # lowest and highest of a number's features, in cycles an octave
 
 
@@ -123,6 +127,57 @@ def make_text_encoder(folder: Path) -> None:
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
     save_text_encoder(folder, fast, encoder)
+
+
+def teach_text_encoder(folder: Path, pieces: Sequence[Piece]) -> float:
+    """Train the encoder to tell from each token what all of its text says of a piece.
+
+    What only the token of a key says, the language model has to find among all of them before it
+    can learn what a key is.
+
+    Args:
+        folder: with both, as `make_text_encoder` writes them; the encoder is replaced.
+        pieces: whose descriptions are learnt.
+
+    Returns:
+        The mean loss of the last steps, in nats per answer; a text does not say everything.
+    """
+    fast: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_file=str(folder / "tokenizer.json"), pad_token="<pad>"
+    )
+    encoder: Any = T5EncoderModel.from_pretrained(folder, dtype=torch.float32)
+    truths = torch.tensor([answers_of(piece) for piece in pieces])
+    texts = [descriptions(piece) for piece in pieces]
+    random = np.random.default_rng(SEED)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        heads = nn.Linear(_DIM, sum(OF_PIECE.values()))
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *heads.parameters()], weight_decay=0.0)
+    recent = 0.0
+    for step in range(_STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = _LR * min(1.0, step / _WARM_UP, 2 * (1 - step / _STEPS))
+        rows = random.integers(len(pieces), size=_TEXTS)
+        said = [str(random.choice(texts[row])) for row in rows]
+        tokens = fast(said, return_tensors="pt", padding=True)
+        mask = tokens["attention_mask"]
+        hidden = encoder(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state
+        losses = [
+            F.cross_entropy(part, truth)
+            for part, truth in zip(
+                heads(hidden[mask.bool()]).split([*OF_PIECE.values()], -1),
+                truths[rows].repeat_interleave(mask.sum(1), 0).unbind(1),
+                strict=True,
+            )
+        ]
+        loss = torch.stack(losses).mean()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        if step >= _STEPS - _LAST:
+            recent += float(loss.detach()) / _LAST
+    save_text_encoder(folder, fast, encoder)
+    return recent
 
 
 def save_text_encoder(folder: Path, tokenizer: Any, encoder: Any) -> None:
