@@ -87,7 +87,7 @@ class T5Conditioner(nn.Module):
     """A T5 encoder and a projection of its output.
 
     T5 stands outside the state dict, as in the checkpoints, and always runs in float32. It is
-    frozen, unless a `Trainer` is told to train it.
+    frozen.
 
     Args:
         source: folder with the encoder and its tokenizer in transformers' format, or a function

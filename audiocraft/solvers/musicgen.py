@@ -90,7 +90,6 @@ class TrainSettings:
         checkpointing: compute the activations of each layer again in the backward pass.
         sharded: spread weights, gradients and optimizer state over the processes (FSDP2).
         ema_on_host: keep the moving average in the host's memory.
-        text_encoder: train T5 too, which stands outside the state dict; in one process alone.
     """
 
     updates: int
@@ -107,7 +106,6 @@ class TrainSettings:
     checkpointing: bool = False
     sharded: bool = False
     ema_on_host: bool = False
-    text_encoder: bool = False
 
 
 @dataclass(frozen=True)
@@ -174,15 +172,6 @@ def _trained(lm: LMModel) -> dict[str, torch.nn.Parameter]:
     }
 
 
-def text_encoder_weights(lm: LMModel) -> dict[str, torch.nn.Parameter]:
-    """The weights of the text encoders, which the model's state dict does not have."""
-    weights: dict[str, torch.nn.Parameter] = {}
-    for name in lm.condition_provider.text_conditions:
-        _, encoder = cast("T5Conditioner", lm.condition_provider.conditioners[name]).load()
-        weights |= {f"{name}.t5.{key}": weight for key, weight in encoder.named_parameters()}
-    return weights
-
-
 class Trainer:
     """One model in training, in this process and the others of its job.
 
@@ -204,8 +193,6 @@ class Trainer:
                 f"batch_size is {settings.batch_size}, it must be a multiple of the {self.ranks} "
                 "processes."
             )
-        if settings.text_encoder and self.ranks > 1:
-            raise InputError("A text encoder is trained in one process: start a single one.")
         if not settings.bfloat16 and any(w.dtype != torch.float32 for w in lm.parameters()):
             raise InputError("Frozen weights of 16 bit need bfloat16: load them in float32.")
         self.lm = lm.train()
@@ -217,14 +204,7 @@ class Trainer:
         if self._sharded:
             shard(self._predictions, lm.transformer.layers, lm.device, self.ranks)
         self._weights = _trained(lm)
-        groups = parameter_groups(lm)
-        if settings.text_encoder:
-            encoder = text_encoder_weights(lm)
-            for weight in encoder.values():
-                weight.requires_grad = True
-            self._weights |= encoder
-            groups.append([*encoder.values()])
-        self.optimizer = build_optimizer(settings.optimizer, groups)
+        self.optimizer = build_optimizer(settings.optimizer, parameter_groups(lm))
         self._base_lr: float = self.optimizer.param_groups[0]["lr"]
         self.ema = Ema(self._weights, device="cpu" if settings.ema_on_host else None)
         self._replicated: DistributedDataParallel | None = None

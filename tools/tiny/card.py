@@ -27,7 +27,7 @@ voices, no songs.{without}
 |---|---|
 | language model, {layers} layers of {dim}, 8 codebooks, {context:g} s of context | {lm:.2f} M |
 | EnCodec, 32 kHz, 50 frames a second, 4 codebooks for each side | {codec:.2f} M |
-| T5 encoder and its tokenizer, trained with the language model | {t5:.2f} M |
+| T5 encoder and its tokenizer, taught what descriptions say | {t5:.2f} M |
 
 Chroma of a melody is taken of the whole mix, for a stem separator can't be bundled.
 

@@ -27,6 +27,7 @@ from tools.synthetic_music.styles import STYLES
 _PARTS: Final = 8  # of a beat
 _BEATS: Final = 8  # of a bar, at most
 _PITCHES: Final = 12
+_FIRST: Final = 16  # frames that count as much as all: only there a key is not heard yet
 _ONSETS: Final = {"lead": (LEAD, ()), "bass": (BASS, ()), "chords": (COMP, ())} | {
     name: (DRUM_CHANNEL, pitches)
     for name, pitches in {"kick": (36,), "snare": (37, 38, 39), "hat": (42, 44, 46, 51)}.items()
@@ -152,7 +153,10 @@ class Lessons(nn.Module):
         for part, target in zip(
             logits.split([*QUESTIONS.values()], -1), targets.unbind(1), strict=True
         ):
-            losses.append(F.cross_entropy(part.flatten(0, 1), target.flatten()))
+            losses += [
+                F.cross_entropy(part[:, some].flatten(0, 1), target[:, some].flatten())
+                for some in (slice(None), slice(_FIRST))
+            ]
             right.append((part.detach().argmax(-1) == target).float().mean(1))
         self._right.append(torch.stack(right, 1))
         loss = self._weight * torch.stack(losses).mean()
