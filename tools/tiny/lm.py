@@ -7,8 +7,9 @@ It trains from nothing, or goes on from a release's weights, on what `tools.tiny
 The text encoder comes first: it is taught what descriptions say, and then left as it is; a release
 brings its own. The folder gets `release/`, the averaged weights at the lowest loss on pieces that
 are not trained on, as a release that `MusicGen` loads; `log.jsonl`, a line for each evaluation; and
-a checkpoint, from which `--resume` goes on after whatever ended the run. Hours are those that the cores work for it: a run that shares the
-machine takes longer. A run that is resumed with other hours comes to its end sooner or later.
+a checkpoint, from which `--resume` goes on after whatever ended the run. Hours are those that the
+cores work for it: a run that shares the machine takes longer. A run that is resumed with other
+hours comes to its end sooner or later.
 """
 
 import argparse
