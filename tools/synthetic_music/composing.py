@@ -103,11 +103,18 @@ class Composition:
         return midi_file(notes, programs, bpm, controls)
 
 
+def step_at(tick: int, steps: int) -> int:
+    """The step nearest to a tick, where a beat has so many.
+
+    Halves are rounded up, so that every beat is the same.
+    """
+    return (2 * tick * steps + TICKS) // (2 * TICKS)
+
+
 def _on_grid(note: Note, steps: int, grid: int) -> Note:
     """A note in milliseconds that begins and ends on the grid, one step long at least."""
     tick, channel, pitch, velocity, length = note
-    # Whole numbers, with halves up, so that every beat is the same.
-    begin, end = ((2 * place * steps + TICKS) // (2 * TICKS) for place in (tick, tick + length))
+    begin, end = step_at(tick, steps), step_at(tick + length, steps)
     return begin * grid, channel, pitch, velocity, max(1, end - begin) * grid
 
 

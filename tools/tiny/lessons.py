@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
-from tools.synthetic_music.composing import compose
+from tools.synthetic_music.composing import compose, step_at
 from tools.synthetic_music.instruments import LEADS
 from tools.synthetic_music.midi import DRUM_CHANNEL, TICKS
 from tools.synthetic_music.pieces import FRAME, KEYS, TEMPI, Piece
@@ -72,7 +72,7 @@ def answers(piece: Piece) -> NDArray[np.uint8]:
     rows += [since % beat * _PARTS // beat, since // beat % score.pattern.beats]
     roots = [score.tonic_chord[0] if t < score.start else score.chord(t)[0] for t in ticks]
     rows.append(np.array(roots))
-    begins = np.array([(2 * note[0] * beat + TICKS) // (2 * TICKS) for note in notes])
+    begins = np.array([step_at(note[0], beat) for note in notes])
     ends = begins + np.array([max(1, round(note[4] * beat / TICKS)) for note in notes])
     channels = np.array([note[1] for note in notes])
     pitches = np.array([note[2] for note in notes])

@@ -465,7 +465,7 @@ def main() -> None:
     parser.add_argument(
         "--float32",
         action="store_true",
-        help="compute in 32 bit: 1.4 times as fast on a CPU that has AVX-512 but not AMX",
+        help="compute in 32 bit: some CPUs have 16 bit and are slower with it",
     )
     parser.add_argument("--resume", action="store_true", help="go on from its checkpoint, if any")
     parser.add_argument("--stop-after", type=float, help="seconds after which this start ends")
