@@ -18,7 +18,7 @@ from tools.synthetic_music.pieces import KEYS, TEMPI, plan
 from tools.tiny import text_encoder
 from tools.tiny.alignment import align
 from tools.tiny.config import MELODY, Shape, lm_config
-from tools.tiny.lessons import OF_PIECE, QUESTIONS, Lessons, answers, answers_of
+from tools.tiny.lessons import OF_PIECE, QUESTIONS, UNKNOWN, Lessons, answers, answers_of
 
 PIECES = list(plan(5, 24, 16.0))
 ROWS = {name: row for row, name in enumerate(QUESTIONS)}
@@ -72,8 +72,19 @@ def test_lessons_change_gradients_and_nothing_else():
     logits = lessons.heads(F.layer_norm(hidden, (16,)))
     parts = logits.split([*QUESTIONS.values()], -1)
     mean = sum(-part.log_softmax(-1)[..., 0].mean() for part in parts) / len(parts)
-    (expected,) = torch.autograd.grad(2.0 * mean, layer.weight)
+    (expected,) = torch.autograd.grad(2.0 * mean, layer.weight, retain_graph=True)
     torch.testing.assert_close(got, expected)
+
+    layer.weight.grad = None
+    for target in targets:
+        target[1:] = UNKNOWN
+    targets[0][0, :2] = UNKNOWN
+    lessons.ask(targets)
+    layer(inputs).sum().mul(0).backward()
+    nats = -parts[0].log_softmax(-1)[..., 0]
+    asked = (nats[0, 2:].sum() + nats[1].sum()) / 8
+    (expected,) = torch.autograd.grad(2.0 * asked / len(parts), layer.weight)
+    torch.testing.assert_close(layer.weight.grad, expected)
 
 
 def test_lessons_are_learnt():

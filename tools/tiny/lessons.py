@@ -28,6 +28,9 @@ _PARTS: Final = 8  # of a beat
 _BEATS: Final = 8  # of a bar, at most
 _PITCHES: Final = 12
 _FIRST: Final = 16  # frames that count as much as all: only there a key is not heard yet
+UNKNOWN: Final = -100
+"""Stands for the answer to a question that is not asked."""
+
 _ONSETS: Final = {"lead": (LEAD, ()), "bass": (BASS, ()), "chords": (COMP, ())} | {
     name: (DRUM_CHANNEL, pitches)
     for name, pitches in {"kick": (36,), "snare": (37, 38, 39), "hat": (42, 44, 46, 51)}.items()
@@ -48,6 +51,9 @@ QUESTIONS: Final = {
     "chroma": _PITCHES,  # the melody that may be given
 }
 """All questions, and how many answers each has."""
+
+OF_MOMENT: Final = [*QUESTIONS][len(OF_PIECE) : -1]
+"""Questions about a frame that only what was heard before it can answer."""
 
 
 def answers_of(piece: Piece) -> tuple[int, ...]:
@@ -129,7 +135,7 @@ class Lessons(nn.Module):
         """Say what is right in the clips that the decoder gets next, in their order.
 
         Args:
-            targets: (questions, T) of each.
+            targets: (questions, T) of each; `UNKNOWN` where something is not asked.
         """
         self._waiting = list(targets)
         self._right = []
@@ -153,8 +159,10 @@ class Lessons(nn.Module):
         for part, target in zip(
             logits.split([*QUESTIONS.values()], -1), targets.unbind(1), strict=True
         ):
+            nats = F.cross_entropy(part.transpose(1, 2), target, reduction="none")
+            asked = target != UNKNOWN
             losses += [
-                F.cross_entropy(part[:, some].flatten(0, 1), target[:, some].flatten())
+                nats[:, some].sum() / asked[:, some].sum().clamp(min=1)
                 for some in (slice(None), slice(_FIRST))
             ]
             right.append((part.detach().argmax(-1) == target).float().mean(1))

@@ -68,7 +68,7 @@ from tools.tiny.dataset import (
     load_settings,
     stereo_codec,
 )
-from tools.tiny.lessons import Lessons, answers
+from tools.tiny.lessons import OF_MOMENT, QUESTIONS, UNKNOWN, Lessons, answers
 from tools.tiny.release import RELEASE, write_release
 from tools.tiny.text_encoder import make_text_encoder, teach_text_encoder
 
@@ -85,10 +85,13 @@ _MEASURED: Final = 48  # crops
 _ANY_LENGTH: Final = 1000  # words
 _UNDESCRIBED: Final = 0.04  # share of updates without texts, as an empty prompt is
 _BEGINNINGS: Final = 0.2  # share of crops that are the beginning of a piece
+_CONTINUED: Final = 0.3  # of those that are continued: a window in longer music begins in a bar
+_HEARD: Final = 100  # frames of these that tell where the beats are, and are not learnt
 _DROPOUT: Final = 0.1  # of what each layer adds: there are fewer pieces than can be learnt by heart
 # How much of the gradient of a codebook's loss gets beyond its head. All of the music is in the
 # first ones; the last ones have most of the loss, which can only be learnt by heart.
 _SHARES: Final = (1.0, 0.5, 0.25, 0.125)
+_MOMENTS: Final = [number for number, name in enumerate(QUESTIONS) if name in OF_MOMENT]
 _LESSONS_NAME: Final = "lessons"
 _LESSONS: Final = 1.0  # weight of the questions beside the codes
 
@@ -96,7 +99,9 @@ _LESSONS: Final = 1.0  # weight of the questions beside the codes
 class Crops:
     """Crops of pieces with their descriptions; those of an update depend on its number alone.
 
-    They begin with a bar: where beats are is told by the tempo then, before anything is heard.
+    Most begin with a bar: where beats are is told by the tempo then, before anything is heard.
+    Others begin anywhere, as a window in longer music does, and are learnt from where the beats
+    were heard.
 
     Args:
         music: encoded.
@@ -111,9 +116,9 @@ class Crops:
         frame = round(RATE / frame_rate)
         self._step = grid(extractor(), frame) // frame
         self._hop = extractor().winhop / frame  # frames of the codes in one of the chroma
-        last = self._step * (music.chroma.shape[1] - 1)
+        self._last = self._step * (music.chroma.shape[1] - 1)
         self._starts = [
-            [start for start in _bars(piece) if start <= last] for piece in music.pieces
+            [start for start in _bars(piece) if start <= self._last] for piece in music.pieces
         ]
         self._lengths = [np.array([len(t.split()) for t in texts]) for texts in music.texts]
         self._metadata = [_metadata(piece) for piece in music.pieces]
@@ -135,9 +140,11 @@ class Crops:
         for place in range((update - 1) * size, update * size):
             number, index = divmod(place, len(self._music.pieces))
             row = int(self._order(number)[index])
-            start = int(random.choice(self._starts[row]))
-            if random.random() < _BEGINNINGS:
+            start, kind = int(random.choice(self._starts[row])), random.random()
+            if kind < _BEGINNINGS:
                 start = self._starts[row][0]
+            elif kind < _BEGINNINGS + _CONTINUED:
+                start = int(random.integers(self._last + 1))
             lengths = self._lengths[row]
             fitting = np.flatnonzero(lengths <= max(longest, lengths.min()))
             wording = int(random.choice(fitting))
@@ -154,12 +161,14 @@ class Crops:
     def answers(self, clip: Clip) -> Tensor:
         """What is right in a clip, see `Lessons.ask`."""
         name, start = clip.key.split()
-        begin, frames = int(start), clip.codes.shape[-1]
-        known = answers(self._music.pieces[self._rows[name]])[:, begin : begin + frames]
+        row, begin, frames = self._rows[name], int(start), clip.codes.shape[-1]
+        known = answers(self._music.pieces[row])[:, begin : begin + frames].astype(np.int64)
+        if begin not in self._starts[row]:
+            known[_MOMENTS, :_HEARD] = UNKNOWN
         assert clip.chroma is not None, "each clip has a melody"
         now = (torch.arange(frames) / self._hop).round().long().clamp(max=len(clip.chroma) - 1)
         chroma = clip.chroma.argmax(-1)[now]
-        return torch.cat([torch.from_numpy(known).long(), chroma[None]])
+        return torch.cat([torch.from_numpy(known), chroma[None]])
 
     def _shuffled(self, number: int) -> NDArray[np.int64]:
         return np.random.default_rng([SEED, 0, number]).permutation(len(self._music.pieces))
@@ -313,6 +322,7 @@ class Run:
         lm.transformer.layers[shape.layers // 2].register_forward_hook(self.lessons.hook)
         for number, head in enumerate(lm.linears):
             head.register_forward_pre_hook(_pass_back(_SHARES[number * len(_SHARES) // lm.n_q]))
+            head.register_forward_hook(self._leave_unlearnt)
         for name, module in lm.transformer.named_modules():
             if name.endswith((".out_proj", ".linear2")):
                 module.register_forward_hook(_drop)
@@ -330,6 +340,8 @@ class Run:
             ),
         )
         self.best: float | None = None
+        # Where nothing is learnt in the clips of an update: (B, T).
+        self._unlearnt = torch.zeros(1, 0, dtype=torch.bool)
         self._planned = False
         self._before = -self._clock()
 
@@ -367,8 +379,7 @@ class Run:
             number = trainer.update + 1
             torch.manual_seed(SEED + number)  # of the dropout
             batch = self.crops.batch(number, size)
-            ordered = batch_clips(batch, trainer.settings, number)
-            self.lessons.ask([*map(self.crops.answers, ordered)])
+            self.attend(batch_clips(batch, trainer.settings, number))
             trainer.train(batch, recent.append, number)
             if not self._planned and number >= _TRIAL:
                 left = max(0.0, self.seconds - self.spent())
@@ -394,6 +405,19 @@ class Run:
         if self.trainer.lm.device.type == "cuda":
             return time.monotonic()
         return time.process_time() / _THREADS
+
+    def attend(self, clips: Sequence[Clip]) -> None:
+        """Say what is to be learnt of the clips that the decoder gets next, in their order."""
+        truths = [*map(self.crops.answers, clips)]
+        self.lessons.ask(truths)
+        self._unlearnt = torch.stack(truths)[:, _MOMENTS[0]] == UNKNOWN
+
+    def _leave_unlearnt(self, head: nn.Module, _: Any, logits: Tensor) -> Tensor:
+        """A hook of a head: where beats are not known yet, nothing is learnt of its codes."""
+        if not head.training:
+            return logits
+        places = F.pad(self._unlearnt, (0, logits.shape[1] - self._unlearnt.shape[1]))
+        return torch.where(places[..., None].to(logits.device), logits.detach(), logits)
 
     def plan(self, updates: int) -> None:
         """Make so many updates in all."""
