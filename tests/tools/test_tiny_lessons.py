@@ -32,9 +32,10 @@ def test_answers_are_those_of_the_notes(piece):
     assert {KEYS[key] for key in found["key"]} == {piece.key}
     assert {TEMPI[bpm] for bpm in found["bpm"]} == {piece.bpm}
     beat = round(piece.beat * 50)
-    # Each beat begins with its first part, and the next one comes a whole beat later.
-    begins = np.flatnonzero(np.diff(found["part_of_beat"].astype(int)) < 0) + 1
+    begins = np.flatnonzero(found["frame_of_beat"] == 0)
     assert set(np.diff(begins)) == {beat}
+    assert set(np.diff(found["frame_of_beat"].astype(int))) == {1, 1 - beat}
+    begins = begins[begins > 0]
     assert set(np.diff(found["beat_of_bar"].astype(int))[begins - 1]) <= {1, *range(-7, 0)}
     melody = compose(piece).melody
     for note in melody[1:-1]:
@@ -102,7 +103,7 @@ def test_lessons_are_learnt():
         optimizer.step()
     found = lessons.results()
     assert all(found[name] == 1 for name in OF_PIECE)
-    assert found["part_of_beat"] < 0.5  # it can't be told from what there is
+    assert found["frame_of_beat"] < 0.5  # it can't be told from what there is
 
 
 @pytest.mark.parametrize("words", [4, 16])

@@ -17,10 +17,11 @@ SHORTEST, LONGEST = 10.0, 60.0  # seconds
 FRAME: Final = 0.02
 """Seconds of a frame of the codec."""
 
-# Frames of a beat. Neighbours are 8 to 13 % apart, so a small model needs to tell few of them.
-_BEATS: Final = (50, 45, 40, 36, 33, 30, 27, 25, 23, 21, 19, 17)
+# Neighbours are 8 to 13 % apart, so a small model needs to tell few of them.
+BEATS: Final = (50, 45, 40, 36, 33, 30, 27, 25, 23, 21, 19, 17)
+"""Frames of a beat, of each tempo."""
 
-TEMPI: Final = tuple(round(60 / (frames * FRAME)) for frames in _BEATS)
+TEMPI: Final = tuple(round(60 / (frames * FRAME)) for frames in BEATS)
 """Beats a minute, of beats that last whole frames: what repeats in music repeats in its codes."""
 
 KEYS: Final = tuple(f"{tonic} {mode}" for mode in ("major", "minor") for tonic in NAMES)
@@ -62,7 +63,7 @@ class Piece:
     @property
     def beat(self) -> float:
         """Seconds of a beat as it is played, within 1 % of its `bpm`: whole frames of the codec."""
-        return _BEATS[TEMPI.index(self.bpm)] * FRAME
+        return BEATS[TEMPI.index(self.bpm)] * FRAME
 
     @property
     def tonic(self) -> int:

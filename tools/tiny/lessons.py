@@ -20,12 +20,11 @@ from torch.nn import functional as F
 from tools.synthetic_music.composing import compose, step_at
 from tools.synthetic_music.instruments import LEADS
 from tools.synthetic_music.midi import DRUM_CHANNEL, TICKS
-from tools.synthetic_music.pieces import FRAME, KEYS, TEMPI, Piece
+from tools.synthetic_music.pieces import BEATS, FRAME, KEYS, TEMPI, Piece
 from tools.synthetic_music.score import BASS, COMP, LEAD, Score
 from tools.synthetic_music.styles import STYLES
 
-_PARTS: Final = 8  # of a beat
-_BEATS: Final = 8  # of a bar, at most
+_LONGEST_BAR: Final = 8  # beats
 _PITCHES: Final = 12
 _FIRST: Final = 16  # frames that count as much as all: only there a key is not heard yet
 UNKNOWN: Final = -100
@@ -42,8 +41,8 @@ OF_PIECE: Final = {"key": len(KEYS), "bpm": len(TEMPI), "lead": len(LEADS), "sty
 
 QUESTIONS: Final = {
     **OF_PIECE,
-    "part_of_beat": _PARTS,
-    "beat_of_bar": _BEATS,
+    "frame_of_beat": max(BEATS),
+    "beat_of_bar": _LONGEST_BAR,
     "chord": _PITCHES,  # its root
     "bass": _PITCHES,  # the note that sounds, or comes next
     "tune": _PITCHES,  # likewise, of the lead
@@ -75,7 +74,7 @@ def answers(piece: Piece) -> NDArray[np.uint8]:
     since = np.arange(frames) - start  # the first bar
     ticks = np.arange(frames) * TICKS / beat
     rows = [np.full(frames, answer) for answer in answers_of(piece)]
-    rows += [since % beat * _PARTS // beat, since // beat % score.pattern.beats]
+    rows += [since % beat, since // beat % score.pattern.beats]
     roots = [score.tonic_chord[0] if t < score.start else score.chord(t)[0] for t in ticks]
     rows.append(np.array(roots))
     begins = np.array([step_at(note[0], beat) for note in notes])
