@@ -95,6 +95,7 @@ class Evaluation:
         sizes: of the parts.
         style: all pieces have it, if given.
         exclude_style: no piece has it.
+        temperature: of the sampling.
     """
 
     def __init__(
@@ -103,10 +104,12 @@ class Evaluation:
         sizes: Sizes,
         style: str | None = None,
         exclude_style: str | None = None,
+        temperature: float = 1.0,
     ) -> None:
         self.model = model
         self.sizes = sizes
         self._style, self._excluded = style, exclude_style
+        self._temperature = temperature
         self._classifier = load_classifier()
         self._renders: dict[Piece, Tensor] = {}
         self._made: dict[float, list[Tensor]] = {}
@@ -285,7 +288,9 @@ class Evaluation:
         made: list[Tensor] = []
         for start in range(0, len(prompts), _AT_ONCE):
             texts = prompts[start : start + _AT_ONCE]
-            self.model.set_generation_params(duration=seconds, cfg_coef=coef, seed=SEED + start)
+            self.model.set_generation_params(
+                duration=seconds, cfg_coef=coef, temperature=self._temperature, seed=SEED + start
+            )
             if melodies is None:
                 audio = self.model.generate(texts)
             else:
@@ -353,11 +358,12 @@ def main() -> None:
     parser.add_argument("--style", choices=list(STYLES), help="ask for it alone")
     parser.add_argument("--exclude-style", choices=list(STYLES), help="do not ask for it")
     parser.add_argument("--prompts", type=int, default=Sizes.prompts, help="of the text part")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the sampling")
     given = parser.parse_args()
     try:
         model = MusicGen.get_pretrained(given.model, given.device, "float32")
         sizes = Sizes(prompts=given.prompts)
-        evaluation = Evaluation(model, sizes, given.style, given.exclude_style)
+        evaluation = Evaluation(model, sizes, given.style, given.exclude_style, given.temperature)
         figures = evaluate(evaluation, given.only)
     except AudiocraftError as error:
         parser.error(str(error))
