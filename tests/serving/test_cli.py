@@ -3,6 +3,8 @@
 import base64
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -435,3 +437,22 @@ def test_the_check_runs_beside_us(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     fake_nvidia_smi(tmp_path, monkeypatch, r"GPU 0: NVIDIA H200 (UUID: GPU-1)\n")
     with DeviceCheck() as device:
         assert "runs on the CPU" in str(device.warning())
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "10000"), ({"OMP_WAIT_POLICY": "passive"}, "0"), ({"GOMP_SPINCOUNT": "77"}, "77")],
+)
+def test_threads_do_not_spin_for_long_unless_asked_to(given, spins):
+    """What libgomp says of itself when torch is loaded."""
+    unset = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    command = [sys.executable, "-c", "from audiocraft.serving import prediction"]
+    done = subprocess.run(
+        command,
+        env=environment | given | {"OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr) == [spins]
