@@ -85,7 +85,7 @@ _MEASURED: Final = 48  # crops
 _ANY_LENGTH: Final = 1000  # words
 _UNDESCRIBED: Final = 0.04  # share of updates without texts, as an empty prompt is
 _BEGINNINGS: Final = 0.2  # share of crops that are the beginning of a piece
-_CONTINUED: Final = 0.3  # of those that are continued: a window in longer music begins in a bar
+_CONTINUED: Final = 0.3  # of those that begin anywhere, as windows in longer music do
 _HEARD: Final = 100  # frames of these that tell where the beats are, and are not learnt
 _DROPOUT: Final = 0.1  # of what each layer adds: there are fewer pieces than can be learnt by heart
 # How much of the gradient of a codebook's loss gets beyond its head. All of the music is in the
