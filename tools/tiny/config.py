@@ -63,7 +63,7 @@ def lm_config(shape: Shape, context: float, card: int) -> dict[str, Any]:
         "attribute_dropout": {
             "args": {"active_on_eval": False},
             "text": {TEXT: 0.1},
-            "wav": {MELODY: 0.35},
+            "wav": {MELODY: 0.5},
         },
         "fuser": {
             "cross_attention_pos_emb": False,

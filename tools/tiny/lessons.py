@@ -49,10 +49,7 @@ QUESTIONS: Final = {
     **{f"begins_{name}": 2 for name in _ONSETS},
     "chroma": _PITCHES,  # the melody that may be given
 }
-"""All questions, and how many answers each has."""
-
-OF_MOMENT: Final = [*QUESTIONS][len(OF_PIECE) : -1]
-"""Questions about a frame that only what was heard before it can answer."""
+"""All questions, and how many answers each has; those about frames come after those of pieces."""
 
 
 def answers_of(piece: Piece) -> tuple[int, ...]:

@@ -19,13 +19,12 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -43,36 +42,25 @@ from audiocraft.solvers.checkpoints import (
     save_checkpoint,
     work_folder,
 )
-from audiocraft.solvers.conditions import (
-    Drops,
-    Metadata,
-    condition_settings,
-    parse_metadata,
-)
+from audiocraft.solvers.conditions import Drops, condition_settings
 from audiocraft.solvers.musicgen import Clip, Trainer, TrainSettings, Update, batch_clips
 from audiocraft.solvers.optimizers import OptimizerSettings
-from tools.synthetic_music.midi import TICKS
-from tools.synthetic_music.pieces import FRAME, Piece
 from tools.synthetic_music.rendering import RATE
-from tools.synthetic_music.score import Score
 from tools.tiny.alignment import align
 from tools.tiny.codec import join, split
 from tools.tiny.config import MELODY, TEXT, Shape, lm_config
+from tools.tiny.crops import SEED, Crops, unlearnt
 from tools.tiny.dataset import (
     HELD_OUT,
     TRAINED,
-    Music,
     extractor,
-    grid,
     load_music,
     load_settings,
     stereo_codec,
 )
-from tools.tiny.lessons import OF_MOMENT, QUESTIONS, UNKNOWN, Lessons, answers
+from tools.tiny.lessons import Lessons
 from tools.tiny.release import RELEASE, write_release
 from tools.tiny.text_encoder import make_text_encoder, teach_text_encoder
-
-SEED: Final = 2036
 
 _NICE: Final = 10
 _THREADS: Final = 2
@@ -82,115 +70,12 @@ _TRIAL: Final = 50  # updates after which it is known how many there will be
 _REPORT_SECONDS: Final = 240  # from evaluation to evaluation
 _SAVE_SECONDS: Final = 180
 _MEASURED: Final = 48  # crops
-_ANY_LENGTH: Final = 1000  # words
-_UNDESCRIBED: Final = 0.04  # share of updates without texts, as an empty prompt is
-_BEGINNINGS: Final = 0.2  # share of crops that are the beginning of a piece
-_CONTINUED: Final = 0.3  # of those that begin anywhere, as windows in longer music do
-_HEARD: Final = 100  # frames of these that tell where the beats are, and are not learnt
 _DROPOUT: Final = 0.1  # of what each layer adds: there are fewer pieces than can be learnt by heart
 # How much of the gradient of a codebook's loss gets beyond its head. All of the music is in the
 # first ones; the last ones have most of the loss, which can only be learnt by heart.
 _SHARES: Final = (1.0, 0.5, 0.25, 0.125)
-_MOMENTS: Final = [number for number, name in enumerate(QUESTIONS) if name in OF_MOMENT]
 _LESSONS_NAME: Final = "lessons"
 _LESSONS: Final = 1.0  # weight of the questions beside the codes
-
-
-class Crops:
-    """Crops of pieces with their descriptions; those of an update depend on its number alone.
-
-    Most begin with a bar: where beats are is told by the tempo then, before anything is heard.
-    Others begin anywhere, as a window in longer music does, and are learnt from where the beats
-    were heard.
-
-    Args:
-        music: encoded.
-        context: seconds of a crop.
-        frame_rate: of the codes.
-    """
-
-    def __init__(self, music: Music, context: float, frame_rate: float) -> None:
-        self._music = music
-        self._samples = round(context * RATE)
-        self._frames = round(context * frame_rate)
-        frame = round(RATE / frame_rate)
-        self._step = grid(extractor(), frame) // frame
-        self._hop = extractor().winhop / frame  # frames of the codes in one of the chroma
-        self._last = self._step * (music.chroma.shape[1] - 1)
-        self._starts = [
-            [start for start in _bars(piece) if start <= self._last] for piece in music.pieces
-        ]
-        self._lengths = [np.array([len(t.split()) for t in texts]) for texts in music.texts]
-        self._metadata = [_metadata(piece) for piece in music.pieces]
-        self._one_hot = torch.eye(12)
-        self._rows = {piece.name: row for row, piece in enumerate(music.pieces)}
-        # Each pass is in an order of its own, and a batch is of one or two of them.
-        self._order = lru_cache(2)(self._shuffled)
-
-    def batch(self, update: int, size: int) -> list[Clip]:
-        """The crops of an update, numbered from 1.
-
-        A description has at most as many words as that of the first: texts are padded to the
-        longest of their batch, and a prompt for generation mostly is alone in its own.
-        """
-        random = np.random.default_rng([SEED, update])
-        clips: list[Clip] = []
-        longest = _ANY_LENGTH
-        described = bool(random.random() >= _UNDESCRIBED)
-        for place in range((update - 1) * size, update * size):
-            number, index = divmod(place, len(self._music.pieces))
-            row = int(self._order(number)[index])
-            start, kind = int(random.choice(self._starts[row])), random.random()
-            if kind < _BEGINNINGS:
-                start = self._starts[row][0]
-            elif kind < _BEGINNINGS + _CONTINUED:
-                start = int(random.integers(self._last + 1))
-            lengths = self._lengths[row]
-            fitting = np.flatnonzero(lengths <= max(longest, lengths.min()))
-            wording = int(random.choice(fitting))
-            longest = lengths[wording] if not clips else longest
-            clip = self._clip(row, start, wording)
-            clips.append(clip if described else replace(clip, description=None, metadata={}))
-        return clips
-
-    def measured(self, count: int) -> list[Clip]:
-        """The same crops always, of the first pieces, each with the first of its descriptions."""
-        starts = [self._starts[row][row % len(self._starts[row])] for row in range(count)]
-        return [self._clip(row, start, 0) for row, start in enumerate(starts)]
-
-    def answers(self, clip: Clip) -> Tensor:
-        """What is right in a clip, see `Lessons.ask`."""
-        name, start = clip.key.split()
-        row, begin, frames = self._rows[name], int(start), clip.codes.shape[-1]
-        known = answers(self._music.pieces[row])[:, begin : begin + frames].astype(np.int64)
-        if begin not in self._starts[row]:
-            known[_MOMENTS, :_HEARD] = UNKNOWN
-        assert clip.chroma is not None, "each clip has a melody"
-        now = (torch.arange(frames) / self._hop).round().long().clamp(max=len(clip.chroma) - 1)
-        chroma = clip.chroma.argmax(-1)[now]
-        return torch.cat([torch.from_numpy(known), chroma[None]])
-
-    def _shuffled(self, number: int) -> NDArray[np.int64]:
-        return np.random.default_rng([SEED, 0, number]).permutation(len(self._music.pieces))
-
-    def _clip(self, row: int, start: int, wording: int) -> Clip:
-        crop, after = divmod(start, self._step)
-        moved = round(after / self._hop)  # to the nearest frame of the chroma
-        # The crop that begins a step later has what follows in its last frames.
-        shared = round(self._step / self._hop) - moved
-        before, following = self._music.chroma[row, [crop, crop + bool(after)]]
-        end = len(following) - shared
-        classes = np.concatenate([before[moved:], following[end - moved : end]])
-        codes = self._music.codes[row, :, start : start + self._frames].astype(np.int64)
-        return Clip(
-            f"{self._music.pieces[row].name} {start}",
-            torch.from_numpy(codes),
-            self._frames,
-            self._music.texts[row][wording],
-            self._metadata[row],
-            self._one_hot[torch.from_numpy(classes.astype(np.int64))],
-            self._samples,
-        )
 
 
 def _pass_back(share: float) -> Callable[[Any, tuple[Tensor]], tuple[Tensor]]:
@@ -206,20 +91,6 @@ def _pass_back(share: float) -> Callable[[Any, tuple[Tensor]], tuple[Tensor]]:
 def _drop(module: nn.Module, _: Any, output: Tensor) -> Tensor:
     """A hook that drops values of what a module gives, in training."""
     return F.dropout(output, _DROPOUT, module.training)
-
-
-def _bars(piece: Piece) -> list[int]:
-    """Frames with which the bars of a piece begin."""
-    return [round(tick / TICKS * piece.beat / FRAME) for tick in Score(piece).bars]
-
-
-def _metadata(piece: Piece) -> Metadata:
-    return parse_metadata({
-        "key": piece.key,
-        "bpm": piece.bpm,
-        "genre": piece.style,
-        "instrument": ", ".join([piece.lead, *piece.band]),
-    })  # fmt: skip
 
 
 def evaluate(
@@ -320,9 +191,10 @@ class Run:
         self.lessons = Lessons(shape.dim, _LESSONS)
         lm.add_module(_LESSONS_NAME, self.lessons)
         lm.transformer.layers[shape.layers // 2].register_forward_hook(self.lessons.hook)
+        delays = cfg.codebooks_pattern.delay.delays
         for number, head in enumerate(lm.linears):
             head.register_forward_pre_hook(_pass_back(_SHARES[number * len(_SHARES) // lm.n_q]))
-            head.register_forward_hook(self._leave_unlearnt)
+            head.register_forward_hook(partial(self._leave_unlearnt, delays[number]))
         for name, module in lm.transformer.named_modules():
             if name.endswith((".out_proj", ".linear2")):
                 module.register_forward_hook(_drop)
@@ -410,14 +282,15 @@ class Run:
         """Say what is to be learnt of the clips that the decoder gets next, in their order."""
         truths = [*map(self.crops.answers, clips)]
         self.lessons.ask(truths)
-        self._unlearnt = torch.stack(truths)[:, _MOMENTS[0]] == UNKNOWN
+        self._unlearnt = unlearnt(truths)
 
-    def _leave_unlearnt(self, head: nn.Module, _: Any, logits: Tensor) -> Tensor:
-        """A hook of a head: where beats are not known yet, nothing is learnt of its codes."""
+    def _leave_unlearnt(self, delay: int, head: nn.Module, _: Any, logits: Tensor) -> Tensor:
+        """A hook of a head: in some frames nothing is learnt of its codes, which come delayed."""
         if not head.training:
             return logits
-        places = F.pad(self._unlearnt, (0, logits.shape[1] - self._unlearnt.shape[1]))
-        return torch.where(places[..., None].to(logits.device), logits.detach(), logits)
+        after = logits.shape[1] - self._unlearnt.shape[1] - delay
+        places = F.pad(self._unlearnt, (delay, after))[..., None]
+        return torch.where(places.to(logits.device), logits.detach(), logits)
 
     def plan(self, updates: int) -> None:
         """Make so many updates in all."""

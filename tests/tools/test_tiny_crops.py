@@ -1,0 +1,163 @@
+"""The crops that the bundled release's language model is trained on."""
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+
+from tests.tools.tiny_runs import CONTEXT, CROPS, PIECES, music
+from tools.synthetic_music.score import Score
+from tools.tiny.crops import Crops, unlearnt
+from tools.tiny.lessons import OF_PIECE, UNKNOWN, answers
+
+FRAMES, STEP = 600, 32
+
+
+@pytest.fixture
+def crops():
+    return Crops(music(1), CONTEXT, 50)
+
+
+def read(clip):
+    """Row, first frame and disturbances of a clip."""
+    name, start, *spans = clip.key.split()
+    return int(name.split("-")[1]), int(start), [tuple(map(int, s.split("-"))) for s in spans]
+
+
+def mask(spans):
+    """Frames within them."""
+    frames = np.arange(FRAMES)
+    return np.any([np.zeros(FRAMES)] + [(frames >= a) & (frames < b) for a, b in spans], axis=0)
+
+
+@cache
+def bars_of(row):
+    """Frames with which the bars of a piece begin."""
+    piece = music(1).pieces[row]
+    return [tick * round(piece.beat * 50) // 480 for tick in Score(piece).bars]
+
+
+def test_crops_have_the_codes_and_the_chroma_of_their_place(crops):
+    source, starts, disturbed = music(1), set(), 0
+    for update in range(1, 30):
+        batch = crops.batch(update, 4)
+        assert len(batch) == 4
+        for clip in batch:
+            row, begin, spans = read(clip)
+            kept, codes = ~mask(spans), source.codes[row, :, begin : begin + FRAMES]
+            assert np.array_equal(clip.codes.numpy()[:, kept], codes[:, kept])
+            disturbed += bool(spans)
+            # A frame of the chroma lasts 6.4 of the codes; crops have theirs every 32 frames.
+            crop, moved = begin // STEP, round(begin % STEP / 6.4)
+            heard = source.chroma[row, crop].tolist()[moved:]
+            heard += source.chroma[row, min(crop + 1, CROPS - 1)].tolist()[89 : 89 + moved]
+            assert clip.chroma.argmax(1).tolist() == heard
+            assert clip.chroma.sum(1).eq(1).all()
+            if clip.description is None:
+                assert clip.metadata == {}
+                assert not spans  # there is nothing to tell what else should be heard
+            else:
+                assert clip.description in source.texts[row]
+                assert clip.metadata["bpm"] == source.pieces[row].bpm
+            assert (clip.frames, clip.samples) == (FRAMES, int(CONTEXT * 32000))
+            starts.add((row, begin in bars_of(row)))
+    assert starts == {(row, bar) for row in range(PIECES) for bar in (True, False)}
+    assert 0.6 < disturbed / (29 * 4) < 0.95  # four of five, but for those without texts
+
+
+def test_what_is_right_is_asked_where_it_can_be_known(crops):
+    source = music(1)
+    for update in range(1, 30):
+        for clip in crops.batch(update, 4):
+            row, begin, spans = read(clip)
+            whole = answers(source.pieces[row])[:, begin : begin + FRAMES].astype(int)
+            at = np.minimum((np.arange(FRAMES) / 6.4).round().astype(int), 93)
+            whole = np.concatenate([whole, clip.chroma.argmax(1).numpy()[at][None]])
+            unheard = begin not in bars_of(row)  # where its beats are is not known at first
+            if unheard:
+                whole[len(OF_PIECE) : -1, :100] = UNKNOWN
+            assert all(first >= 100 for first, _ in spans) or not unheard
+            whole[len(OF_PIECE) :, mask(spans)] = UNKNOWN
+            truth = crops.answers(clip)
+            assert np.array_equal(truth.numpy(), whole)
+            expected = mask([*spans, (0, 100)] if unheard else spans)
+            assert np.array_equal(unlearnt([truth])[0].numpy(), expected)
+
+
+def test_a_disturbance_is_late_or_early_or_another_piece_in_time():
+    """Of two pieces that are alike, and one that is like no other."""
+    source = music(1, 2)
+    first, other = source.pieces
+    alike = replace(first, number=2, key=other.key, lead=other.lead)
+    source = replace(
+        source,
+        pieces=(first, other, alike),
+        texts=(*source.texts, source.texts[0]),
+        codes=np.random.default_rng(5).integers(0, 2**16, (3, 8, 1000), dtype=np.uint16),
+        chroma=np.concatenate([source.chroma, source.chroma[:1]]),
+    )
+    bars = [[tick * round(p.beat * 50) // 480 for tick in Score(p).bars] for p in source.pieces]
+    crops, found, shifts = Crops(source, CONTEXT, 50), set(), set()
+    for update in range(1, 301):
+        for clip in crops.batch(update, 2):
+            row, start, spans = read(clip)
+            for begin, end in spans if len(spans) == 1 else ():
+                assert 15 <= end - begin < 100
+                heard = clip.codes[:, begin:end].numpy()
+                # Codes are random, so those of a frame are nowhere else.
+                same = (source.codes == heard[None, :, :1]).all(1)
+                ((at, place),) = np.argwhere(same)
+                assert np.array_equal(source.codes[at, :, place : place + end - begin], heard)
+                shift = place - start - begin
+                if at == row and 0 < abs(shift) <= 3:
+                    shifts.add(shift)
+                    continue
+                found.add((row, int(at)))
+                length = bars[row][1] - bars[row][0]
+                assert (place - bars[at][0]) % length == (start + begin - bars[row][0]) % length
+    assert shifts == {-3, -2, -1, 1, 2, 3}
+    assert found == {(0, 0), (0, 2), (2, 0), (2, 2), (1, 1)}
+
+
+def test_what_is_measured_is_not_disturbed(crops):
+    clips = crops.measured(PIECES)
+    assert [read(clip)[2] for clip in clips] == [[]] * PIECES
+    assert [clip.key for clip in clips] == [clip.key for clip in crops.measured(PIECES)]
+
+
+def test_crops_of_an_update_depend_on_its_number_alone(crops):
+    first = [clip.key for clip in crops.batch(5, 4)]
+    crops.batch(9, 4)
+    assert [clip.key for clip in crops.batch(5, 4)] == first
+    assert [clip.key for clip in crops.batch(6, 4)] != first
+
+
+def test_texts_are_no_longer_than_the_first_of_their_batch_where_they_can_be(crops):
+    texts = {text: len(text.split()) for wordings in music(1).texts for text in wordings}
+    shortest = max(min(map(texts.get, wordings)) for wordings in music(1).texts)
+    firsts = set()
+    for update in described(crops):
+        first, *rest = (texts[clip.description] for clip in crops.batch(update, 6))
+        assert all(length <= max(first, shortest) for length in rest)
+        firsts.add(first)
+    assert min(firsts) < 8
+    assert max(firsts) > 15
+
+
+def described(crops):
+    """The updates of 200 that have texts: nearly all, and whole batches."""
+    batches = {update: crops.batch(update, 6) for update in range(1, 201)}
+    texts = {update: {clip.description for clip in batch} for update, batch in batches.items()}
+    without = [update for update, found in texts.items() if None in found]
+    assert all(texts[update] == {None} for update in without)
+    assert 1 <= len(without) <= 20
+    return texts.keys() - without
+
+
+def test_each_piece_comes_once_in_a_pass_and_beginnings_come_oftener(crops):
+    found = [read(clip)[:2] for update in range(1, 401) for clip in crops.batch(update, 2)]
+    for start in range(0, len(found), PIECES):
+        assert {row for row, _ in found[start : start + PIECES]} == set(range(PIECES))
+    beginnings = np.mean([start == bars_of(row)[0] for row, start in found])
+    assert 0.25 < beginnings < 0.6  # 0.2, and of those of any bar, of some two or three

@@ -1,0 +1,198 @@
+"""Crops of pieces that the language model is trained on, and what is to be learnt of each.
+
+A model that makes music hears its own, which is late at times and out of key. Of pieces as they
+were composed it only learns to go on with what it hears. So most crops have disturbances, after
+which the piece goes on as its description and its beats have it.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from audiocraft.solvers.conditions import Metadata, parse_metadata
+from audiocraft.solvers.musicgen import Clip
+from tools.synthetic_music.midi import TICKS
+from tools.synthetic_music.pieces import FRAME, Piece
+from tools.synthetic_music.rendering import RATE
+from tools.synthetic_music.score import Score
+from tools.tiny.dataset import Music, extractor, grid
+from tools.tiny.lessons import OF_PIECE, UNKNOWN, answers
+
+SEED: Final = 2036
+"""Of a run."""
+
+_ANY_LENGTH: Final = 1000  # words
+_UNDESCRIBED: Final = 0.04  # share of updates without texts, as an empty prompt is
+_BEGINNINGS: Final = 0.2  # share of crops that are the beginning of a piece
+_CONTINUED: Final = 0.3  # of those that begin anywhere, as windows in longer music do
+_HEARD: Final = 100  # frames of these that tell where the beats are, and are not learnt
+_MOST: Final = 4  # disturbances of a crop
+_LENGTHS: Final = (15, 100)  # frames of one
+_LATE: Final = 0.5  # share of them that are the piece itself, late or early
+_LATEST: Final = 3  # frames
+
+
+class Crops:
+    """Crops of pieces with their descriptions; those of an update depend on its number alone.
+
+    Most begin with a bar: where beats are is told by the tempo then, before anything is heard.
+    Others begin anywhere, as a window in longer music does, and are learnt from where the beats
+    were heard.
+
+    A disturbance is a time that is heard otherwise, and not learnt: the piece itself some frames
+    late or early, or, in time with it, another piece of the same style and tempo.
+
+    Args:
+        music: encoded.
+        context: seconds of a crop.
+        frame_rate: of the codes.
+    """
+
+    def __init__(self, music: Music, context: float, frame_rate: float) -> None:
+        self._music = music
+        self._samples = round(context * RATE)
+        self._frames = round(context * frame_rate)
+        frame = round(RATE / frame_rate)
+        self._step = grid(extractor(), frame) // frame
+        self._hop = extractor().winhop / frame  # frames of the codes in one of the chroma
+        self._last = self._step * (music.chroma.shape[1] - 1)
+        self._bars = [_bars(piece) for piece in music.pieces]
+        self._lengths = [np.array([len(t.split()) for t in texts]) for texts in music.texts]
+        self._metadata = [_metadata(piece) for piece in music.pieces]
+        self._one_hot = torch.eye(12)
+        self._rows = {piece.name: row for row, piece in enumerate(music.pieces)}
+        self._alike: dict[tuple[str, int], list[int]] = defaultdict(list)
+        for row, piece in enumerate(music.pieces):
+            self._alike[piece.style, piece.bpm].append(row)
+        # Each pass is in an order of its own, and a batch is of one or two of them.
+        self._order = lru_cache(2)(self._shuffled)
+
+    def batch(self, update: int, size: int) -> list[Clip]:
+        """The crops of an update, numbered from 1.
+
+        A description has at most as many words as that of the first: texts are padded to the
+        longest of their batch, and a prompt for generation mostly is alone in its own.
+        """
+        random = np.random.default_rng([SEED, update])
+        clips: list[Clip] = []
+        longest = _ANY_LENGTH
+        described = bool(random.random() >= _UNDESCRIBED)
+        for place in range((update - 1) * size, update * size):
+            number, index = divmod(place, len(self._music.pieces))
+            row = int(self._order(number)[index])
+            start, kind = int(random.choice(self._starts(row))), random.random()
+            if kind < _BEGINNINGS:
+                start = self._bars[row][0]
+            elif kind < _BEGINNINGS + _CONTINUED:
+                start = int(random.integers(self._last + 1))
+            lengths = self._lengths[row]
+            fitting = np.flatnonzero(lengths <= max(longest, lengths.min()))
+            wording = int(random.choice(fitting))
+            longest = lengths[wording] if not clips else longest
+            clip = self._clip(row, start, wording)
+            if described:
+                clips.append(self._disturbed(clip, row, start, random))
+            else:
+                clips.append(replace(clip, description=None, metadata={}))
+        return clips
+
+    def measured(self, count: int) -> list[Clip]:
+        """The same crops always, of the first pieces, each with the first of its descriptions."""
+        starts = [self._starts(row) for row in range(count)]
+        return [self._clip(row, some[row % len(some)], 0) for row, some in enumerate(starts)]
+
+    def answers(self, clip: Clip) -> Tensor:
+        """What is right in a clip, see `Lessons.ask`; what is of the piece is asked throughout."""
+        name, begin, *disturbances = clip.key.split()
+        row, start, frames = self._rows[name], int(begin), clip.codes.shape[-1]
+        known = answers(self._music.pieces[row])[:, start : start + frames].astype(np.int64)
+        assert clip.chroma is not None, "each clip has a melody"
+        now = (torch.arange(frames) / self._hop).round().long().clamp(max=len(clip.chroma) - 1)
+        truth = torch.cat([torch.from_numpy(known), clip.chroma.argmax(-1)[now][None]])
+        if start not in self._bars[row]:
+            truth[len(OF_PIECE) : -1, :_HEARD] = UNKNOWN
+        for span in disturbances:
+            truth[len(OF_PIECE) :, slice(*map(int, span.split("-")))] = UNKNOWN
+        return truth
+
+    def _starts(self, row: int) -> list[int]:
+        return [bar for bar in self._bars[row] if bar <= self._last]
+
+    def _shuffled(self, number: int) -> NDArray[np.int64]:
+        return np.random.default_rng([SEED, 0, number]).permutation(len(self._music.pieces))
+
+    def _clip(self, row: int, start: int, wording: int) -> Clip:
+        crop, after = divmod(start, self._step)
+        moved = round(after / self._hop)  # to the nearest frame of the chroma
+        # The crop that begins a step later has what follows in its last frames.
+        shared = round(self._step / self._hop) - moved
+        before, following = self._music.chroma[row, [crop, crop + bool(after)]]
+        end = len(following) - shared
+        classes = np.concatenate([before[moved:], following[end - moved : end]])
+        codes = self._music.codes[row, :, start : start + self._frames].astype(np.int64)
+        return Clip(
+            f"{self._music.pieces[row].name} {start}",
+            torch.from_numpy(codes),
+            self._frames,
+            self._music.texts[row][wording],
+            self._metadata[row],
+            self._one_hot[torch.from_numpy(classes.astype(np.int64))],
+            self._samples,
+        )
+
+    def _disturbed(self, clip: Clip, row: int, start: int, random: np.random.Generator) -> Clip:
+        """A clip with disturbances; its key tells where they are."""
+        first = 0 if start in self._bars[row] else _HEARD
+        codes, spans = clip.codes.clone(), []
+        for _ in range(random.integers(_MOST + 1)):
+            length = int(random.integers(*_LENGTHS))
+            begin = int(random.integers(first, self._frames - length))
+            source, place = self._elsewhere(row, start + begin, length, random)
+            heard = self._music.codes[source, :, place : place + length].astype(np.int64)
+            codes[:, begin : begin + length] = torch.from_numpy(heard)
+            spans.append(f"{begin}-{begin + length}")
+        return replace(clip, key=" ".join([clip.key, *spans]), codes=codes)
+
+    def _elsewhere(
+        self, row: int, place: int, length: int, random: np.random.Generator
+    ) -> tuple[int, int]:
+        """Row and frame of what is heard from a frame of a piece on instead of it."""
+        last = self._music.codes.shape[-1] - length
+        if random.random() < _LATE:
+            by = int(random.integers(1, _LATEST + 1) * random.choice([-1, 1]))
+            return row, min(max(place - by, 0), last)
+        piece = self._music.pieces[row]
+        other = int(random.choice(self._alike[piece.style, piece.bpm]))
+        first, bar = self._bars[other][0], self._bars[row][1] - self._bars[row][0]
+        in_time = range(first + (place - self._bars[row][0]) % bar, last + 1, bar)
+        return other, int(random.choice(in_time))
+
+
+def _bars(piece: Piece) -> list[int]:
+    """Frames with which the bars of a piece begin."""
+    return [round(tick / TICKS * piece.beat / FRAME) for tick in Score(piece).bars]
+
+
+def _metadata(piece: Piece) -> Metadata:
+    return parse_metadata({
+        "key": piece.key,
+        "bpm": piece.bpm,
+        "genre": piece.style,
+        "instrument": ", ".join([piece.lead, *piece.band]),
+    })  # fmt: skip
+
+
+def unlearnt(truths: Sequence[Tensor]) -> Tensor:
+    """Frames of clips of which nothing is learnt but what their piece is: (B, T).
+
+    Args:
+        truths: see `Crops.answers`.
+    """
+    return torch.stack([truth[len(OF_PIECE)] == UNKNOWN for truth in truths])
