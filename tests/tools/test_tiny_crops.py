@@ -85,7 +85,7 @@ def test_what_is_right_is_asked_where_it_can_be_known(crops):
             assert np.array_equal(unlearnt([truth])[0].numpy(), expected)
 
 
-def test_a_disturbance_is_late_or_early_or_another_piece_in_time():
+def test_a_disturbance_is_another_piece_of_its_kind_in_time_with_it():
     """Of two pieces that are alike, and one that is like no other."""
     source = music(1, 2)
     first, other = source.pieces
@@ -98,7 +98,7 @@ def test_a_disturbance_is_late_or_early_or_another_piece_in_time():
         chroma=np.concatenate([source.chroma, source.chroma[:1]]),
     )
     bars = [[tick * round(p.beat * 50) // 480 for tick in Score(p).bars] for p in source.pieces]
-    crops, found, shifts = Crops(source, CONTEXT, 50), set(), set()
+    crops, found = Crops(source, CONTEXT, 50), set()
     for update in range(1, 301):
         for clip in crops.batch(update, 2):
             row, start, spans = read(clip)
@@ -106,17 +106,11 @@ def test_a_disturbance_is_late_or_early_or_another_piece_in_time():
                 assert 15 <= end - begin < 100
                 heard = clip.codes[:, begin:end].numpy()
                 # Codes are random, so those of a frame are nowhere else.
-                same = (source.codes == heard[None, :, :1]).all(1)
-                ((at, place),) = np.argwhere(same)
+                ((at, place),) = np.argwhere((source.codes == heard[None, :, :1]).all(1))
                 assert np.array_equal(source.codes[at, :, place : place + end - begin], heard)
-                shift = place - start - begin
-                if at == row and 0 < abs(shift) <= 3:
-                    shifts.add(shift)
-                    continue
                 found.add((row, int(at)))
                 length = bars[row][1] - bars[row][0]
                 assert (place - bars[at][0]) % length == (start + begin - bars[row][0]) % length
-    assert shifts == {-3, -2, -1, 1, 2, 3}
     assert found == {(0, 0), (0, 2), (2, 0), (2, 2), (1, 1)}
 
 

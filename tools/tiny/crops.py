@@ -1,8 +1,8 @@
 """Crops of pieces that the language model is trained on, and what is to be learnt of each.
 
-A model that makes music hears its own, which is late at times and out of key. Of pieces as they
-were composed it only learns to go on with what it hears. So most crops have disturbances, after
-which the piece goes on as its description and its beats have it.
+A model that makes music hears its own, which slips out of key. Of pieces as they were composed it
+only learns to go on with what it hears. So most crops have disturbances, after which the piece goes
+on as its description has it.
 """
 
 from collections import defaultdict
@@ -35,8 +35,6 @@ _CONTINUED: Final = 0.3  # of those that begin anywhere, as windows in longer mu
 _HEARD: Final = 100  # frames of these that tell where the beats are, and are not learnt
 _MOST: Final = 4  # disturbances of a crop
 _LENGTHS: Final = (15, 100)  # frames of one
-_LATE: Final = 0.5  # share of them that are the piece itself, late or early
-_LATEST: Final = 3  # frames
 
 
 class Crops:
@@ -46,8 +44,8 @@ class Crops:
     Others begin anywhere, as a window in longer music does, and are learnt from where the beats
     were heard.
 
-    A disturbance is a time that is heard otherwise, and not learnt: the piece itself some frames
-    late or early, or, in time with it, another piece of the same style and tempo.
+    In a disturbance another piece of the same style and tempo is heard, in time with the crop's
+    own, and nothing is learnt.
 
     Args:
         music: encoded.
@@ -165,9 +163,6 @@ class Crops:
     ) -> tuple[int, int]:
         """Row and frame of what is heard from a frame of a piece on instead of it."""
         last = self._music.codes.shape[-1] - length
-        if random.random() < _LATE:
-            by = int(random.integers(1, _LATEST + 1) * random.choice([-1, 1]))
-            return row, min(max(place - by, 0), last)
         piece = self._music.pieces[row]
         other = int(random.choice(self._alike[piece.style, piece.bpm]))
         first, bar = self._bars[other][0], self._bars[row][1] - self._bars[row][0]
