@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 from tests.tools.tiny_runs import CONTEXT, CROPS, PIECES, music
+from tools.synthetic_music.pieces import TEMPI
 from tools.synthetic_music.score import Score
+from tools.synthetic_music.words import descriptions
 from tools.tiny.crops import Crops, unlearnt
+from tools.tiny.dataset import Music
 from tools.tiny.lessons import OF_PIECE, UNKNOWN, answers
 
 FRAMES, STEP = 600, 32
@@ -77,7 +80,6 @@ def test_what_is_right_is_asked_where_it_can_be_known(crops):
             unheard = begin not in bars_of(row)  # where its beats are is not known at first
             if unheard:
                 whole[len(OF_PIECE) : -1, :100] = UNKNOWN
-            assert all(first >= 100 for first, _ in spans) or not unheard
             whole[len(OF_PIECE) :, mask(spans)] = UNKNOWN
             truth = crops.answers(clip)
             assert np.array_equal(truth.numpy(), whole)
@@ -85,33 +87,40 @@ def test_what_is_right_is_asked_where_it_can_be_known(crops):
             assert np.array_equal(unlearnt([truth])[0].numpy(), expected)
 
 
-def test_a_disturbance_is_another_piece_of_its_kind_in_time_with_it():
-    """Of two pieces that are alike, and one that is like no other."""
-    source = music(1, 2)
-    first, other = source.pieces
-    alike = replace(first, number=2, key=other.key, lead=other.lead)
-    source = replace(
-        source,
-        pieces=(first, other, alike),
-        texts=(*source.texts, source.texts[0]),
-        codes=np.random.default_rng(5).integers(0, 2**16, (3, 8, 1000), dtype=np.uint16),
-        chroma=np.concatenate([source.chroma, source.chroma[:1]]),
+def test_a_disturbance_is_music_of_its_style_and_near_its_tempo_in_time_at_its_end():
+    """Of two pieces that are alike, one faster, one even faster, and one of another style."""
+    first, stranger = music(1, 2).pieces
+    assert first.style != stranger.style
+    index = TEMPI.index(first.bpm)
+    faster, fastest = TEMPI[index + 1 : index + 3]
+    pieces = [replace(first, number=n, bpm=bpm) for n, bpm in ((2, first.bpm), (3, faster))]
+    pieces = [first, stranger, *pieces, replace(first, number=4, bpm=fastest)]
+    chroma = music(1, 2).chroma
+    source = Music(
+        tuple(pieces),
+        tuple(descriptions(piece) for piece in pieces),
+        np.random.default_rng(5).integers(0, 2**16, (5, 8, 1000), dtype=np.uint16),
+        np.concatenate([chroma, chroma[[0, 0, 0]]]),
     )
-    bars = [[tick * round(p.beat * 50) // 480 for tick in Score(p).bars] for p in source.pieces]
+    bars = [[tick * round(p.beat * 50) // 480 for tick in Score(p).bars] for p in pieces]
+    beats = [round(piece.beat * 50) for piece in pieces]
     crops, found = Crops(source, CONTEXT, 50), set()
-    for update in range(1, 301):
+    for update in range(1, 401):
         for clip in crops.batch(update, 2):
             row, start, spans = read(clip)
             for begin, end in spans if len(spans) == 1 else ():
-                assert 15 <= end - begin < 100
+                assert 15 <= end - begin < 150
                 heard = clip.codes[:, begin:end].numpy()
                 # Codes are random, so those of a frame are nowhere else.
                 ((at, place),) = np.argwhere((source.codes == heard[None, :, :1]).all(1))
                 assert np.array_equal(source.codes[at, :, place : place + end - begin], heard)
                 found.add((row, int(at)))
-                length = bars[row][1] - bars[row][0]
-                assert (place - bars[at][0]) % length == (start + begin - bars[row][0]) % length
-    assert found == {(0, 0), (0, 2), (2, 0), (2, 2), (1, 1)}
+                own, other = start + end - bars[row][0], place + end - begin - bars[at][0]
+                count = (own + beats[row] // 2) // beats[row]  # of the beat next to the end
+                after = own - count * beats[row]
+                assert (other - after) % (4 * beats[at]) == count % 4 * beats[at]
+    alike = {(a, b) for a in (0, 2) for b in (0, 2, 3)}
+    assert found == alike | {(3, b) for b in (0, 2, 3, 4)} | {(4, 3), (4, 4), (1, 1)}
 
 
 def test_what_is_measured_is_not_disturbed(crops):

@@ -1,8 +1,8 @@
 """Crops of pieces that the language model is trained on, and what is to be learnt of each.
 
-A model that makes music hears its own, which slips out of key. Of pieces as they were composed it
-only learns to go on with what it hears. So most crops have disturbances, after which the piece goes
-on as its description has it.
+A model that makes music hears its own, which slips out of key and tempo. Of pieces as they were
+composed it only learns to go on with what it hears. So most crops have disturbances, after which
+the piece goes on as its description has it.
 """
 
 from collections import defaultdict
@@ -19,7 +19,7 @@ from torch import Tensor
 from audiocraft.solvers.conditions import Metadata, parse_metadata
 from audiocraft.solvers.musicgen import Clip
 from tools.synthetic_music.midi import TICKS
-from tools.synthetic_music.pieces import FRAME, Piece
+from tools.synthetic_music.pieces import FRAME, TEMPI, Piece
 from tools.synthetic_music.rendering import RATE
 from tools.synthetic_music.score import Score
 from tools.tiny.dataset import Music, extractor, grid
@@ -34,7 +34,7 @@ _BEGINNINGS: Final = 0.2  # share of crops that are the beginning of a piece
 _CONTINUED: Final = 0.3  # of those that begin anywhere, as windows in longer music do
 _HEARD: Final = 100  # frames of these that tell where the beats are, and are not learnt
 _MOST: Final = 4  # disturbances of a crop
-_LENGTHS: Final = (15, 100)  # frames of one
+_LENGTHS: Final = (15, 150)  # frames of one
 
 
 class Crops:
@@ -44,8 +44,9 @@ class Crops:
     Others begin anywhere, as a window in longer music does, and are learnt from where the beats
     were heard.
 
-    In a disturbance another piece of the same style and tempo is heard, in time with the crop's
-    own, and nothing is learnt.
+    In a disturbance another piece of the same style is heard, and nothing is learnt. It has the
+    same tempo or one of those next to it, and is in time with the crop's own at its end: what is
+    heard tells when the next beat comes, and the description how the beats go on.
 
     Args:
         music: encoded.
@@ -62,13 +63,15 @@ class Crops:
         self._hop = extractor().winhop / frame  # frames of the codes in one of the chroma
         self._last = self._step * (music.chroma.shape[1] - 1)
         self._bars = [_bars(piece) for piece in music.pieces]
+        self._beats = [round(piece.beat / FRAME) for piece in music.pieces]
         self._lengths = [np.array([len(t.split()) for t in texts]) for texts in music.texts]
         self._metadata = [_metadata(piece) for piece in music.pieces]
         self._one_hot = torch.eye(12)
         self._rows = {piece.name: row for row, piece in enumerate(music.pieces)}
         self._alike: dict[tuple[str, int], list[int]] = defaultdict(list)
         for row, piece in enumerate(music.pieces):
-            self._alike[piece.style, piece.bpm].append(row)
+            for bpm in _near(piece.bpm):
+                self._alike[piece.style, bpm].append(row)
         # Each pass is in an order of its own, and a batch is of one or two of them.
         self._order = lru_cache(2)(self._shuffled)
 
@@ -147,27 +150,37 @@ class Crops:
 
     def _disturbed(self, clip: Clip, row: int, start: int, random: np.random.Generator) -> Clip:
         """A clip with disturbances; its key tells where they are."""
-        first = 0 if start in self._bars[row] else _HEARD
         codes, spans = clip.codes.clone(), []
         for _ in range(random.integers(_MOST + 1)):
             length = int(random.integers(*_LENGTHS))
-            begin = int(random.integers(first, self._frames - length))
-            source, place = self._elsewhere(row, start + begin, length, random)
+            end = int(random.integers(length, self._frames + 1))
+            source, place = self._elsewhere(row, start + end, length, random)
             heard = self._music.codes[source, :, place : place + length].astype(np.int64)
-            codes[:, begin : begin + length] = torch.from_numpy(heard)
-            spans.append(f"{begin}-{begin + length}")
+            codes[:, end - length : end] = torch.from_numpy(heard)
+            spans.append(f"{end - length}-{end}")
         return replace(clip, key=" ".join([clip.key, *spans]), codes=codes)
 
     def _elsewhere(
-        self, row: int, place: int, length: int, random: np.random.Generator
+        self, row: int, end: int, length: int, random: np.random.Generator
     ) -> tuple[int, int]:
-        """Row and frame of what is heard from a frame of a piece on instead of it."""
-        last = self._music.codes.shape[-1] - length
-        piece = self._music.pieces[row]
+        """Row and first frame of what is heard up to a frame of a piece instead of it.
+
+        Its beat that is next to the end has the place in its bar that the piece's own has there.
+        """
+        piece, beat = self._music.pieces[row], self._beats[row]
         other = int(random.choice(self._alike[piece.style, piece.bpm]))
-        first, bar = self._bars[other][0], self._bars[row][1] - self._bars[row][0]
-        in_time = range(first + (place - self._bars[row][0]) % bar, last + 1, bar)
+        beats, rest = divmod(end - self._bars[row][0] + beat // 2, beat)
+        first, second = self._bars[other][:2]
+        begin = beats * self._beats[other] + rest - beat // 2 - length
+        last = self._music.codes.shape[-1] - length
+        in_time = range(first + begin % (second - first), last + 1, second - first)
         return other, int(random.choice(in_time))
+
+
+def _near(bpm: int) -> tuple[int, ...]:
+    """A tempo and those next to it."""
+    index = TEMPI.index(bpm)
+    return TEMPI[max(0, index - 1) : index + 2]
 
 
 def _bars(piece: Piece) -> list[int]:
