@@ -41,6 +41,22 @@ def bars_of(row):
     return [tick * round(piece.beat * 50) // 480 for tick in Score(piece).bars]
 
 
+def test_no_crop_has_the_last_chord_of_a_piece():
+    source, latest = music(1), {}
+    # With crops up to the end.
+    source = replace(source, chroma=np.tile(source.chroma, (1, 2, 1))[:, :13])
+    ends = [Score(p).end * round(p.beat * 50) // 480 for p in source.pieces]
+    crops = Crops(source, CONTEXT, 50)
+    for update in range(1, 201):
+        for clip in crops.batch(update, 4):
+            row, begin, _ = read(clip)
+            latest[row] = max(begin, latest.get(row, 0))
+    assert len(latest) == PIECES
+    assert all(
+        ends[row] - FRAMES - 40 < begin <= ends[row] - FRAMES for row, begin in latest.items()
+    )
+
+
 def test_crops_have_the_codes_and_the_chroma_of_their_place(crops):
     source, starts, disturbed = music(1), set(), 0
     for update in range(1, 30):
@@ -104,6 +120,7 @@ def test_a_disturbance_is_music_of_its_style_and_near_its_tempo_in_time_at_its_e
     )
     bars = [[tick * round(p.beat * 50) // 480 for tick in Score(p).bars] for p in pieces]
     beats = [round(piece.beat * 50) for piece in pieces]
+    ends = [Score(p).end * b // 480 for p, b in zip(pieces, beats, strict=True)]
     crops, found = Crops(source, CONTEXT, 50), set()
     for update in range(1, 401):
         for clip in crops.batch(update, 2):
@@ -115,6 +132,7 @@ def test_a_disturbance_is_music_of_its_style_and_near_its_tempo_in_time_at_its_e
                 ((at, place),) = np.argwhere((source.codes == heard[None, :, :1]).all(1))
                 assert np.array_equal(source.codes[at, :, place : place + end - begin], heard)
                 found.add((row, int(at)))
+                assert place + end - begin <= ends[at]  # its last chord would end the music
                 own, other = start + end - bars[row][0], place + end - begin - bars[at][0]
                 count = (own + beats[row] // 2) // beats[row]  # of the beat next to the end
                 after = own - count * beats[row]

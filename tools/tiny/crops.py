@@ -42,7 +42,7 @@ class Crops:
 
     Most begin with a bar: where beats are is told by the tempo then, before anything is heard.
     Others begin anywhere, as a window in longer music does, and are learnt from where the beats
-    were heard.
+    were heard. None has the last chord of a piece: longer music would end with a window.
 
     In a disturbance another piece of the same style is heard, and nothing is learnt. It has the
     same tempo or one of those next to it, and is in time with the crop's own at its end: what is
@@ -61,9 +61,12 @@ class Crops:
         frame = round(RATE / frame_rate)
         self._step = grid(extractor(), frame) // frame
         self._hop = extractor().winhop / frame  # frames of the codes in one of the chroma
-        self._last = self._step * (music.chroma.shape[1] - 1)
-        self._bars = [_bars(piece) for piece in music.pieces]
+        last = self._step * (music.chroma.shape[1] - 1)
+        scores = [*map(Score, music.pieces)]
         self._beats = [round(piece.beat / FRAME) for piece in music.pieces]
+        self._bars = [[_frame(tick, score) for tick in score.bars] for score in scores]
+        self._ends = [_frame(score.end, score) for score in scores]
+        self._last = [min(last, end - self._frames) for end in self._ends]
         self._lengths = [np.array([len(t.split()) for t in texts]) for texts in music.texts]
         self._metadata = [_metadata(piece) for piece in music.pieces]
         self._one_hot = torch.eye(12)
@@ -92,7 +95,7 @@ class Crops:
             if kind < _BEGINNINGS:
                 start = self._bars[row][0]
             elif kind < _BEGINNINGS + _CONTINUED:
-                start = int(random.integers(self._last + 1))
+                start = int(random.integers(self._last[row] + 1))
             lengths = self._lengths[row]
             fitting = np.flatnonzero(lengths <= max(longest, lengths.min()))
             wording = int(random.choice(fitting))
@@ -124,7 +127,7 @@ class Crops:
         return truth
 
     def _starts(self, row: int) -> list[int]:
-        return [bar for bar in self._bars[row] if bar <= self._last]
+        return [bar for bar in self._bars[row] if bar <= self._last[row]]
 
     def _shuffled(self, number: int) -> NDArray[np.int64]:
         return np.random.default_rng([SEED, 0, number]).permutation(len(self._music.pieces))
@@ -172,7 +175,7 @@ class Crops:
         beats, rest = divmod(end - self._bars[row][0] + beat // 2, beat)
         first, second = self._bars[other][:2]
         begin = beats * self._beats[other] + rest - beat // 2 - length
-        last = self._music.codes.shape[-1] - length
+        last = self._ends[other] - length
         in_time = range(first + begin % (second - first), last + 1, second - first)
         return other, int(random.choice(in_time))
 
@@ -183,9 +186,9 @@ def _near(bpm: int) -> tuple[int, ...]:
     return TEMPI[max(0, index - 1) : index + 2]
 
 
-def _bars(piece: Piece) -> list[int]:
-    """Frames with which the bars of a piece begin."""
-    return [round(tick / TICKS * piece.beat / FRAME) for tick in Score(piece).bars]
+def _frame(tick: int, score: Score) -> int:
+    """Where a tick of a piece is in its codes."""
+    return round(tick / TICKS * score.piece.beat / FRAME)
 
 
 def _metadata(piece: Piece) -> Metadata:
