@@ -300,7 +300,9 @@ class DiffusionUnet(nn.Module):
         for index, decoder in enumerate(self.decoders):
             into = None
             if index:
-                into, skip = levels.pop()
+                encoded, skip = levels.pop()
+                # What lies below is computed of it again where it was too large to keep.
+                into = encoded if track.held is not None else None
                 track = _sum(track, skip)
             track = cast("_Decoder", decoder).apply_to(track, lengths.pop(), sweep, hop, into)
             hop //= self.config.stride
@@ -331,7 +333,8 @@ class DiffusionUnet(nn.Module):
         # Beside what the levels leave to each other, one holds its input and a residual block's.
         work = sum(kept) + 2 * max(kept, default=0)
         bottom = sizes[-1] * self._bottleneck_work
-        windows = _WINDOWS_AT_ONCE * _WINDOW[device.type] * item
+        window = min(_WINDOW[device.type], max(sizes) / item)
+        windows = _WINDOWS_AT_ONCE * window * item
         signals = 6 * 4 * rows * samples
         packed = 2 * max(weight.nbytes for weight in self.parameters())  # in the library's order
         return int(_MARGIN * (max(work, sum(kept) + bottom) + windows + signals + packed))

@@ -91,6 +91,18 @@ def test_windows_of_every_shape_equal_the_whole(changes, samples):
         torch.testing.assert_close(windows, whole, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("depth", [2, 3])
+@torch.no_grad()
+def test_a_level_is_kept_although_the_one_below_it_is_too_large(depth):
+    model = network(growth=3, max_channels=60, depth=depth)
+    x = torch.randn(2, 1, 130, generator=torch.Generator().manual_seed(0))
+    condition = model.condition(torch.randn(2, 16, 5))
+    whole = model(x, 3, condition, SWEEPS["whole"])
+    first, second = 2 * 4 * 8 * 65, 2 * 4 * 24 * 33
+    windows = model(x, 3, condition, Sweep(2, 32, (first + second) // 2))
+    torch.testing.assert_close(windows, whole, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("changes", [{}, {"bilstm": True}], ids=str)
 @torch.no_grad()
 def test_step_and_condition_are_heard(changes):
