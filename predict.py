@@ -50,7 +50,7 @@ class Predictor(BaseRunner):
         ),
         multi_band_diffusion: bool = Input(
             default=False,
-            description="Turn the model's codes into sound with MultiBand Diffusion instead of its usual decoder. This can soften artefacts and takes longer. Works in mono and stereo.",
+            description="Turn the model's codes into sound with MultiBand Diffusion instead of its usual decoder. This can soften artefacts and takes longer. Works in mono and stereo, with every version but tiny.",
         ),
         normalization_strategy: str = Input(
             default="loudness",

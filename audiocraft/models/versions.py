@@ -16,6 +16,7 @@ class Version:
         stereo: whether it makes stereo.
         context: most seconds that it hears at once.
         license: of its weights, and of what is made from them.
+        own_codec: whether its codec is not the one that the released versions share.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Version:
     stereo: bool
     context: float = 30.0
     license: str = "cc-by-nc-4.0"
+    own_codec: bool = False
 
 
 def _release(name: str) -> Version:
@@ -31,7 +33,15 @@ def _release(name: str) -> Version:
 
 
 VERSIONS: dict[str, Version] = {name: _release(name) for name in RELEASES} | {
-    "tiny": Version("tiny", str(BUNDLED / "tiny"), True, True, context=12.0, license="apache-2.0")
+    "tiny": Version(
+        "tiny",
+        str(BUNDLED / "tiny"),
+        melody=True,
+        stereo=True,
+        context=12.0,
+        license="apache-2.0",
+        own_codec=True,
+    )
 }
 """Every version by its short name."""
 

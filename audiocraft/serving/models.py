@@ -12,7 +12,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from audiocraft.assets.store import PARTS, fetch
+from audiocraft.assets.store import PARTS, fetch, find_folder
 from audiocraft.errors import InputError
 from audiocraft.models.finetunes import (
     FineTune,
@@ -157,8 +157,18 @@ class ModelCache:
         """
         if self._bands is None:
             repo_id, (filename,) = PARTS["mbd"]
+            on_disk = find_folder(repo_id, [filename]) is not None
+            if not on_disk and VERSIONS[model.name].own_codec:
+                raise InputError(
+                    "multi_band_diffusion decodes the codes of the released versions, and "
+                    f"{model.name} has a codec of its own: take another model_version, or switch "
+                    "it off."
+                )
             path = fetch(repo_id, filename)  # of float32
-            self._require("multi_band_diffusion", _size(path) * self._dtype.itemsize // 4, model)
+            halved = self.device.type != "cpu"
+            self._require(
+                "multi_band_diffusion", _size(path) >> halved, "switch it off", keep=model
+            )
             self._bands = load_diffusion_models(path, self.device)
         return MultiBandDiffusion(self._bands, model.compression_model)
 
@@ -228,7 +238,7 @@ class ModelCache:
         size = self._dtype.itemsize * sum(tensor.numel() for tensor in weights.state.values())
         size += _T5_BYTES if text_encoder is None else _size(text_encoder / "model.safetensors")
         size += _CODEC_BYTES if read_checkpoint(codec_file).pretrained else _size(codec_file)
-        self._require(selection.label, size)
+        self._require(selection.label, size, "choose a smaller model_version")
         if tuned is None:
             lm, codec = load_models(source, self.device, self._dtype)
         elif tuned.lora is None:
@@ -258,13 +268,13 @@ class ModelCache:
         merge_adapter(lm, tuned)
         return MusicGen(tuned.base, codec, lm)
 
-    def _require(self, label: str, size: int, keep: MusicGen | None = None) -> None:
+    def _require(self, label: str, size: int, remedy: str, keep: MusicGen | None = None) -> None:
         self._evict_until(size, keep)
         free = self._free()
         if free < size:
             raise InputError(
                 f"{label} needs {size / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are "
-                f"free on {self.device}: choose a smaller model_version, or free some."
+                f"free on {self.device}: {remedy}, or free some."
             )
 
     def _evict_until(

@@ -84,6 +84,14 @@ def test_without_its_file(served, store):
     assert "steps" not in answer["logs"]
 
 
+def test_of_a_version_that_it_is_not_for(served, store):
+    """Nothing is fetched for it."""
+    assert not diffusion_file(store).exists()
+    answer = answer_of(served, prompt="a song", model_version="tiny", duration=1)
+    assert answer["status"] == "failed"
+    assert "tiny has a codec of its own: take another model_version, or" in answer["error"]
+
+
 def test_a_wrong_file(served, store):
     shutil.copy(store / "facebook/musicgen-small/state_dict.bin", diffusion_file(store))
     answer = answer_of(served, prompt="a song", model_version="small", duration=1)
