@@ -11,6 +11,10 @@ class InputError(AudiocraftError, ValueError):
     """An argument or a request is outside what the model or the interface accepts."""
 
 
+class TooLargeError(InputError):
+    """What is asked for needs more memory than there is."""
+
+
 class AudioFileError(InputError):
     """An audio file cannot be read, holds nothing usable, or cannot be written."""
 

@@ -15,9 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
-from audiocraft.assets.store import PARTS, fetch
+from audiocraft.assets.store import PARTS, command, fetch
 from audiocraft.data.audio_utils import convert_audio
-from audiocraft.errors import InputError, WeightsError
+from audiocraft.errors import InputError, TooLargeError, WeightsError
 from audiocraft.models.encodec import CompressionModel, InterleaveStereoCompressionModel
 from audiocraft.models.loaders import (
     assign_state,
@@ -32,6 +32,7 @@ from audiocraft.modules.unet_diffusion import DiffusionUnet, UnetConfig
 ProgressCallback = Callable[[int, int], None]
 """Told (network evaluations done, evaluations in all) after each; what it raises ends the work."""
 
+_FEWEST_BANDS = 2  # of an equaliser
 _SILENCE = 1e-12  # a band without anything in it has a gain too
 # Settings of the files' configuration, with what is implemented.
 _SETTINGS = {
@@ -80,6 +81,8 @@ class DiffusionProcess:
 
         def estimate(sample: Tensor, step: int) -> Tensor:
             heard: Tensor = self.model(sample, step, projected)
+            if heard.is_cuda:  # else some evaluations are queued, and a cancel waits for them
+                torch.cuda.synchronize(heard.device)
             evaluated()
             return heard
 
@@ -112,6 +115,11 @@ class MultiBandDiffusion:
         with torch.no_grad():
             width = mono.decode_latent(codes).shape[1]
         rate, expected = DPs[0].sample_rate, DPs[0].model.config.codec_dim
+        if next(mono.parameters()).device != self.device:
+            raise InputError(
+                f"The diffusion is on {self.device} and the codec on another device: give both "
+                "the same."
+            )
         if (mono.sample_rate, width) != (rate, expected):
             raise InputError(
                 f"This diffusion decodes latents of {expected} channels to audio at {rate} Hz, the "
@@ -173,7 +181,8 @@ class MultiBandDiffusion:
             progress: is told how far it has come.
 
         Raises:
-            InputError: the memory does not suffice.
+            TooLargeError: the memory does not suffice.
+            InputError: `n_bands` is below 2.
         """
         with self._explained(tokens.shape[-1]):
             reference = self.codec_model.decode(tokens)
@@ -191,16 +200,20 @@ class MultiBandDiffusion:
         """Audio [B, C, T] through the codec's codes and the diffusion, not equalised.
 
         Args:
-            wav: [B, C, T].
-            sample_rate: Hz of it; the result has the codec's.
+            wav: [B, C', T], of any number of channels.
+            sample_rate: Hz of it, and of the result.
             seed: see `tokens_to_wav`.
             progress: is told how far it has come.
+
+        Raises:
+            TooLargeError: the memory does not suffice.
         """
         codec = self.codec_model
         wav = convert_audio(wav, sample_rate, codec.sample_rate, codec.channels).to(self.device)
         codes, _ = codec.encode(wav)
         with self._explained(codes.shape[-1]):
-            return self._generate(self._latents(codes), wav.shape[-1], seed, progress)
+            heard = self._generate(self._latents(codes), wav.shape[-1], seed, progress)
+            return convert_audio(heard, codec.sample_rate, sample_rate, codec.channels)
 
     @torch.no_grad()
     def generate(
@@ -253,9 +266,14 @@ class MultiBandDiffusion:
         Args:
             wav: [B, C, T].
             ref: [B, C, T].
-            n_bands: bands, evenly spaced in mel.
+            n_bands: bands, evenly spaced in mel; at least 2.
             strictness: 1 takes the other's level over, 0 leaves `wav` as it is.
+
+        Raises:
+            InputError: `n_bands` is below 2.
         """
+        if n_bands < _FEWEST_BANDS:
+            raise InputError(f"n_bands is {n_bands}, it must be {_FEWEST_BANDS} or more.")
         filters = low_pass_filters(self.sample_rate, n_bands, wav.device)
         levels = band_stds(wav, filters).clamp_min(_SILENCE)
         return weighted_bands(wav, filters, (band_stds(ref, filters) / levels) ** strictness)
@@ -282,13 +300,13 @@ class MultiBandDiffusion:
             free: bytes.
 
         Raises:
-            InputError: it needs more than is free.
+            TooLargeError: it needs more than is free.
         """
         if self.memory(frames) > free:
             raise self._too_large(frames, f", {free / 1e9:.1f} GB are free")
 
-    def _too_large(self, frames: int, have: str = "") -> InputError:
-        return InputError(
+    def _too_large(self, frames: int, have: str = "") -> TooLargeError:
+        return TooLargeError(
             f"multi_band_diffusion needs {self.memory(frames) / 1e9:.1f} GB of memory for "
             f"{frames / self.codec_model.frame_rate:g} s of music{have} on {self.device}: make "
             "duration shorter, or switch it off."
@@ -302,7 +320,7 @@ class MultiBandDiffusion:
         except torch.OutOfMemoryError as error:
             raise self._too_large(frames) from error
         except RuntimeError as error:
-            if "not enough memory" not in str(error):  # what a CPU's allocator says
+            if "DefaultCPUAllocator" not in str(error):
                 raise
             raise self._too_large(frames) from error
 
@@ -364,17 +382,21 @@ def load_diffusion_models(
         path = Path(source) / filename if Path(source).is_dir() else Path(source)
         if not path.is_file():
             raise WeightsError(f"There is no {path}; give a file of MultiBand Diffusion.")
-    with _is_diffusion(path.name):
+    with _is_diffusion(path):
         package = read_package(path, path.name)
         rate, count = package["sample_rate"], package["n_bands"]
+        if count < 1:
+            raise ValueError(f"n_bands is {count}")
         return [_build(path.name, package[band], rate, device) for band in range(count)]
 
 
 @contextmanager
-def _is_diffusion(name: str) -> Iterator[None]:
+def _is_diffusion(path: Path) -> Iterator[None]:
     """Turns what a file of another kind leads to into a sentence."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (
         WeightsError,
         OmegaConfBaseException,
@@ -387,8 +409,8 @@ def _is_diffusion(name: str) -> Iterator[None]:
     ) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise WeightsError(
-            f"{name} is not a file of MultiBand Diffusion ({reason.rstrip('.')}): fetch it again, "
-            "or give another."
+            f"{path} is not a file of MultiBand Diffusion ({reason.rstrip('.')}): remove it and "
+            f"run {command('mbd')}, or give another."
         ) from error
 
 
@@ -414,8 +436,11 @@ def _build(
         cfg.schedule.beta_t1,
         cfg.schedule.beta_exp,
         cfg.schedule.num_steps,
-        cfg.schedule.clip,
-        cfg.schedule.noise_scale,
+        **{
+            name: float(value)
+            for name in ("clip", "noise_scale")
+            if (value := OmegaConf.select(cfg.schedule, name)) is not None
+        },
     )
     processor = None
     if cfg.processor.use:
@@ -436,6 +461,8 @@ def _unet_config(cfg: DictConfig, state: dict[str, Tensor]) -> UnetConfig:
         raise ValueError(f"transformer is {unet.transformer}, with {len(layers)} layers of one")
     if not 0 < unet.depth + unet.res_blocks <= len(state):  # building more takes forever
         raise ValueError(f"depth is {unet.depth}, res_blocks is {unet.res_blocks}")
+    if layers and unet.bilstm:
+        raise ValueError("it has both a bilstm and a transformer, only one is supported")
     hidden = state["transformer.layers.0.linear1.weight"].shape[0] if layers else 0
     return UnetConfig(
         hidden=unet.hidden,

@@ -18,7 +18,14 @@ from torch import Tensor
 
 from audiocraft.assets.finetunes import FineTuneStore, StoredFile
 from audiocraft.data.audio import audio_info, audio_read, audio_write
-from audiocraft.errors import AssetError, AudiocraftError, AudioEndError, AudioFileError, InputError
+from audiocraft.errors import (
+    AssetError,
+    AudiocraftError,
+    AudioEndError,
+    AudioFileError,
+    InputError,
+    TooLargeError,
+)
 from audiocraft.models.finetunes import FineTune, read_finetune
 from audiocraft.models.multibanddiffusion import MultiBandDiffusion
 from audiocraft.models.musicgen import MusicGen
@@ -221,7 +228,7 @@ class PredictionService:
         """Audio [C, T] on the CPU; where memory runs out, again with no other model loaded."""
         try:
             return job.run().cpu()  # a GPU is done when its result is here
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, TooLargeError):
             logger.warning("Out of memory: trying again with no other model loaded.")
         self._models.evict_others(job.model)
         try:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from audiocraft.errors import AssetError, InputError, WeightsError
+from audiocraft.data.audio_utils import convert_audio
+from audiocraft.errors import AssetError, InputError, TooLargeError, WeightsError
 from audiocraft.models import MultiBandDiffusion, multibanddiffusion
 from audiocraft.models.builders import get_compression_model, get_debug_compression_model
 from audiocraft.models.encodec import InterleaveStereoCompressionModel
@@ -209,6 +210,22 @@ def test_networks_of_another_shape(tmp_path, codec, bottleneck):
     assert (wav - mbd.tokens_to_wav((tokens + 1) % 32, seed=0)).abs().max() > 1e-3 * wav.abs().max()
 
 
+def test_a_recording_is_regenerated_at_its_own_rate_and_in_the_codecs_channels(stereo):
+    wav = stereo.codec_model.decode(codes_of(8, 10))
+    same = stereo.regenerate(wav, 32000, seed=3)
+    assert same.shape == wav.shape == (1, 2, 6400)
+    slow = stereo.regenerate(convert_audio(wav, 32000, 16000, 1), 16000, seed=3)
+    assert slow.shape == (1, 2, 3200)
+
+
+def test_what_cannot_be_decoded_with(mono, codec):
+    with pytest.raises(InputError, match="n_bands is 1, it must be 2 or more"):
+        mono.re_eq(DATA["gen.out"], DATA["re_eq.ref"], n_bands=1)
+    elsewhere = copy.deepcopy(codec).to("meta")
+    with pytest.raises(InputError, match="The diffusion is on cpu and the codec on another device"):
+        MultiBandDiffusion(mono.DPs, elsewhere)
+
+
 def set_unet(**settings):
     def change(package):
         for key, value in settings.items():
@@ -233,13 +250,34 @@ def set_unet(**settings):
         (set_unet(kernel=7), "kernel 7 and stride 4"),
         (set_unet(depth=10**9), "depth is 1000000000"),
         (set_unet(hidden="${oc.env:HOME}"), "asks for values of this machine"),
+        (lambda package: package.update(n_bands=0), "n_bands is 0"),
+        (lambda package: package[0]["cfg"].schedule.update(clip="loud"), "loud"),
     ],
 )
 def test_what_is_wrong_with_a_file(file, change, reason):
     with pytest.raises(WeightsError, match=r"changed\.th is not a file of MultiBand.*") as error:
         load_diffusion_models(file(change))
     assert reason in str(error.value)
-    assert str(error.value).endswith("fetch it again, or give another.")
+    assert str(error.value).endswith("remove it and run scripts/download mbd, or give another.")
+
+
+def test_settings_that_a_file_leaves_out_are_the_official_ones(file):
+    def forget(package):
+        for band in (0, 1):
+            for name in ("clip", "noise_scale"):
+                package[band]["cfg"].schedule.pop(name, None)
+
+    bands = load_diffusion_models(file(forget))
+    assert [(b.noise_schedule.clip, b.noise_schedule.noise_scale) for b in bands] == [(5, 1)] * 2
+
+
+def test_memory_that_runs_out_does_not_make_a_file_wrong(monkeypatch):
+    def run_out(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(multibanddiffusion, "assign_state", run_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_diffusion_models(FILE)
 
 
 def test_files_of_another_kind(tmp_path):
@@ -278,11 +316,24 @@ def test_memory_is_asked_for_in_gigabytes(mono, stereo, monkeypatch):
     with pytest.raises(InputError, match=said):
         stereo.check_memory(10 * minute, 10**6)
 
-    def too_large(*_, **_more):
+    def of_a_gpu(*_, **_more):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(DiffusionProcess, "generate", too_large)
-    with pytest.raises(InputError, match=r"needs .* GB of memory for 0\.2 s of music on cpu"):
+    def of_a_cpu(*_, **_more):
+        torch.empty(2**60, dtype=torch.uint8)
+
+    for too_large in (of_a_gpu, of_a_cpu):
+        monkeypatch.setattr(DiffusionProcess, "generate", too_large)
+        with pytest.raises(
+            TooLargeError, match=r"needs .* GB of memory for 0\.2 s of music on cpu"
+        ):
+            mono.tokens_to_wav(codes_of(4, 10))
+
+    def otherwise_wrong(*_, **_more):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(DiffusionProcess, "generate", otherwise_wrong)
+    with pytest.raises(RuntimeError, match="something else"):
         mono.tokens_to_wav(codes_of(4, 10))
 
 
