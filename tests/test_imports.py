@@ -1,6 +1,7 @@
 """What may import what."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -107,4 +108,23 @@ def test_models_import_with_the_basic_libraries_alone():
     ]
     assert len(modules) > 15
     code = f"import sys; {blocked}; import {', '.join(modules)}"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_gpu_tests_import_with_the_basic_libraries_alone():
+    """One that cannot be imported ends them all, on a machine that may lack the rest."""
+    blocked = "; ".join(f"sys.modules[{name!r}] = None" for name in HEAVY)
+    tests = (ROOT / "tests").rglob("test_*.py")
+    paths = [p for p in tests if re.search(r"\bmark\.gpu\b", p.read_text())]
+    modules = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in paths]
+    assert len(modules) > 5
+    code = f"import sys; {blocked}; import {', '.join(modules)}"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_a_melody_model_is_built_without_what_only_a_melody_needs():
+    code = (
+        "import sys; sys.modules['librosa'] = None; from audiocraft.models import MusicGen; "
+        "MusicGen.get_pretrained('tiny')"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -22,6 +22,7 @@ from audiocraft.assets.remote import (
     Validators,
     parse_date,
     refusal,
+    show_size,
     show_url,
 )
 from audiocraft.errors import AssetError, DownloadError, UnreachableError
@@ -136,14 +137,6 @@ def check_space(what: str, folder: Path, need: int) -> None:
             f"{what} needs {show_size(need)} more on the disk of {folder}, which has "
             f"{show_size(max(0, free - SPARE))}; free some of it."
         )
-
-
-def show_size(size: int) -> str:
-    """Bytes as people read them, in powers of 1000."""
-    for unit, power in (("GB", 3), ("MB", 2), ("kB", 1)):
-        if size >= 1000**power:
-            return f"{size / 1000**power:.1f} {unit}"
-    return f"{size} bytes"
 
 
 def _persist(remote: Remote, attempt: Callable[[], _T], size: Callable[[], int]) -> _T:

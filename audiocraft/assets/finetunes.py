@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 from urllib.parse import unquote_to_bytes
 
-from audiocraft.assets.download import check_space, show_size, transfer
+from audiocraft.assets.download import check_space, transfer
 from audiocraft.assets.exchange import check_url
 from audiocraft.assets.parts import (
     Part,
@@ -26,7 +26,7 @@ from audiocraft.assets.parts import (
     write_json,
     writing,
 )
-from audiocraft.assets.remote import Remote, Validators, show_url
+from audiocraft.assets.remote import Remote, Validators, show_size, show_url
 from audiocraft.assets.store import store_dir
 from audiocraft.errors import AssetError, InputError
 

@@ -26,6 +26,14 @@ def show_url(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
+def show_size(size: int) -> str:
+    """Bytes as people read them, in powers of 1000."""
+    for unit, power in (("GB", 3), ("MB", 2), ("kB", 1)):
+        if size >= 1000**power:
+            return f"{size / 1000**power:.1f} {unit}"
+    return f"{size} bytes"
+
+
 def refusal(what: str, host: str, status: int) -> DownloadError:
     """The error for a status that no other attempt mends."""
     reason = f"{host} answers {status} ({_MEANING.get(status, 'it refuses')})"

@@ -4,6 +4,7 @@ Golden test: `chroma`.
 """
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,14 @@ class _PowerSpectrogram(nn.Module):
         return spectrum.abs().square() / window.square().sum()
 
 
+@cache
+def _filter_bank(sample_rate: int, nfft: int, n_chroma: int) -> Tensor:
+    from librosa import filters  # only where there is a melody: it takes a second
+
+    bank = filters.chroma(sr=sample_rate, n_fft=nfft, tuning=0, n_chroma=n_chroma)
+    return torch.from_numpy(bank).float()
+
+
 class ChromaExtractor(nn.Module):
     """Chroma features, or with `argmax` a one-hot choice of the strongest pitch class.
 
@@ -54,8 +63,6 @@ class ChromaExtractor(nn.Module):
         norm: order of the norm that each frame is divided by.
     """
 
-    fbanks: Tensor
-
     def __init__(
         self,
         sample_rate: int,
@@ -67,8 +74,6 @@ class ChromaExtractor(nn.Module):
         argmax: bool = False,
         norm: float = math.inf,
     ) -> None:
-        from librosa import filters
-
         super().__init__()
         self.sample_rate = sample_rate
         self.n_chroma = n_chroma
@@ -77,9 +82,13 @@ class ChromaExtractor(nn.Module):
         self.winhop = winhop or self.winlen // 4
         self.argmax = argmax
         self.norm = norm
-        fbanks = filters.chroma(sr=sample_rate, n_fft=self.nfft, tuning=0, n_chroma=n_chroma)
-        self.register_buffer("fbanks", torch.from_numpy(fbanks), persistent=False)
         self.spec = _PowerSpectrogram(self.nfft, self.winlen, self.winhop)
+
+    @property
+    def fbanks(self) -> Tensor:
+        """Share of each frequency in each pitch class, (n_chroma, nfft / 2 + 1)."""
+        bank = _filter_bank(self.sample_rate, self.nfft, self.n_chroma)
+        return bank.to(self.spec.window.device)
 
     def num_frames(self, samples: int) -> int:
         """Frames of a clip of `samples` samples; short clips are padded to one transform."""
@@ -91,7 +100,7 @@ class ChromaExtractor(nn.Module):
         missing = self.nfft - wav.shape[-1]
         if missing > 0:
             wav = F.pad(wav, (missing // 2, missing - missing // 2))
-        chroma = self.fbanks.float() @ self.spec(wav)
+        chroma = self.fbanks @ self.spec(wav)
         chroma = F.normalize(chroma, p=self.norm, dim=1, eps=1e-6).transpose(1, 2)
         if self.argmax:
             strongest = chroma.argmax(dim=-1, keepdim=True)

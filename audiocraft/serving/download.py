@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Final
 
 from audiocraft.assets import store
-from audiocraft.assets.download import check_space, partial_path, show_size
+from audiocraft.assets.download import check_space, partial_path
 from audiocraft.assets.parts import writing
-from audiocraft.assets.remote import Remote
+from audiocraft.assets.remote import Remote, show_size
 from audiocraft.errors import AudiocraftError, InputError
 from audiocraft.serving.command import Parser, run, say
 

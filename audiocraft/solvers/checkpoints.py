@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import torch
 
-from audiocraft.assets.download import show_size
+from audiocraft.assets.remote import show_size
 from audiocraft.errors import InputError, TrainingError
 
 CHECKPOINTS: Final = "checkpoints"

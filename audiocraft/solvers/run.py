@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from audiocraft.assets.download import show_size
 from audiocraft.assets.parts import read_json, write_json
+from audiocraft.assets.remote import show_size
 from audiocraft.data.archive import SIDE, split_name, unwanted
 from audiocraft.data.dataset import DatasetSettings, disk_need, load_prepared, remove_intermediates
 from audiocraft.data.files import find

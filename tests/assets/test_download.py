@@ -12,9 +12,9 @@ import pytest
 
 from audiocraft.assets import download as module
 from audiocraft.assets import exchange
-from audiocraft.assets.download import download, show_size, transfer
+from audiocraft.assets.download import download, transfer
 from audiocraft.assets.parts import open_part, writing
-from audiocraft.assets.remote import Digest, Validators
+from audiocraft.assets.remote import Digest, Validators, show_size
 from audiocraft.errors import AssetError, DownloadError
 from tests.assets.conftest import left
 from tests.http_server import File, git_hash
