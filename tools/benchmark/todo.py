@@ -1,6 +1,7 @@
 """The figures of a GPU that are still missing: `scripts/benchmark --gpu-todo`."""
 
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +138,10 @@ def run_items(
             record = item.measure(packages, place, end)
         except AudiocraftError as error:
             say(f"{item.name}: {error}")
+            left.append(item)
+            continue
+        except Exception:  # noqa: BLE001 - one figure's fault must not cost the others
+            say(f"{item.name}: {traceback.format_exc()}")
             left.append(item)
             continue
         say(f"Kept in {save(item.name, record, folder)}, after {time.monotonic() - begin:.0f} s.")
