@@ -61,10 +61,13 @@ class Size:
 
         return Size(self.batch, self.branches, up(self.steps), up(self.positions), up(self.memory))
 
+    def like(self, other: "Size") -> bool:
+        """Whether another request has the same rows, and the same of them for guidance."""
+        return (self.batch, self.branches) == (other.batch, other.branches)
+
     def covers(self, other: "Size") -> bool:
         """Whether another request finds room in this one."""
-        same = (self.batch, self.branches) == (other.batch, other.branches)
-        return same and all(
+        return self.like(other) and all(
             getattr(self, name) >= getattr(other, name) for name in ("steps", "positions", "memory")
         )
 
