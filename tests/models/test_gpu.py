@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from audiocraft.models import MusicGen
+from audiocraft.models import MusicGen, encodec
 from audiocraft.models.loaders import load_models
 from audiocraft.modules.conditioners import ConditioningAttributes
 from tests.golden_data import load
 
 pytestmark = pytest.mark.gpu
+DEVICES = ["cpu", "cuda"]
 KINDS = ["mono", "stereo", "melody", "stereo-melody"]
 
 
@@ -18,7 +19,7 @@ def test_half_precision_logits_are_close(release, kind):
     folder = release(kind)
     items = [ConditioningAttributes(text={"description": text}) for text in ("happy rock", None)]
     logits = {}
-    for device in ("cpu", "cuda"):
+    for device in DEVICES:
         lm, _ = load_models(folder, device)
         codes = torch.arange(2 * lm.num_codebooks * 17).view(2, -1, 17) % lm.card
         logits[device] = lm(codes.to(device), items).float().cpu()
@@ -28,14 +29,26 @@ def test_half_precision_logits_are_close(release, kind):
 
 
 def test_greedy_tokens_in_float32(release):
-    model = MusicGen.get_pretrained(str(release("mono")), device="cuda")
-    model.lm.float()
+    model = MusicGen.get_pretrained(str(release("mono")), "cuda", "float32")
     model.max_duration = 2
     model.set_generation_params(use_sampling=False, top_k=0, duration=1)
     descriptions = ["happy rock", "sad slow piano ballad with strings, 120 bpm", None]
     _, tokens = model.generate(descriptions, return_tokens=True)
     golden = load("generate_greedy/mono")["mono.api_short"]
     assert torch.equal(tokens.cpu(), golden)
+
+
+@torch.no_grad()
+def test_the_codec_is_as_exact_as_on_a_cpu(monkeypatch):
+    wav = torch.randn(1, 2, 20 * 32000, generator=torch.Generator().manual_seed(0)) / 4
+    cpu, gpu = (MusicGen.get_pretrained("tiny", device).compression_model for device in DEVICES)
+    codes, _ = cpu.encode(wav)
+    found, _ = gpu.encode(wav.cuda())
+    assert (found.cpu() == codes).float().mean() > 0.999
+    audio = gpu.decode(codes.cuda())
+    torch.testing.assert_close(audio.cpu(), cpu.decode(codes), rtol=0, atol=1e-4)
+    monkeypatch.setattr(encodec, "BLOCK_FRAMES", 100)
+    torch.testing.assert_close(gpu.decode(codes.cuda()), audio, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["text", "melody", "continuation", "windows"])
