@@ -6,6 +6,7 @@ Golden tests: `encodec_tiny`, `encodec_tiny_hf`, `encodec_stereo`.
 import logging
 import math
 from abc import ABC, abstractmethod
+from contextlib import ContextDecorator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,14 @@ logger = logging.getLogger(__name__)
 # Seconds before the log hears of it; chunks of a dataset, which has a log of its own, take less.
 _QUIET_ENCODING_S = 30.0
 _QUIET_DECODING_S = 5.0
+
+
+def _exact() -> ContextDecorator:
+    """Convolutions and LSTMs in float32 on a GPU as well, where cuDNN would round to 10 bits.
+
+    Pieces of a clip would not fit each other else, nor its codes those that a CPU finds.
+    """
+    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
 
 
 @dataclass(frozen=True)
@@ -168,6 +177,7 @@ class EncodecModel(CompressionModel):
             )
         self.quantizer.n_q = n
 
+    @_exact()
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Codes [B, K, frames] and scale [B, 1] (if it renormalises) of audio [B, C, T]."""
         self._check(x)
@@ -182,6 +192,7 @@ class EncodecModel(CompressionModel):
         for latent in self.encoder.pieces(x):
             yield self.quantizer.encode(latent)
 
+    @_exact()
     def decode(self, codes: Tensor, scale: Tensor | None = None) -> Tensor:
         """Audio [B, C, frames * hop] of codes and scale; not trimmed."""
         rows, _, frames = codes.shape
@@ -249,6 +260,7 @@ class EncodecStreamingDecoder(StreamingDecoder):
     end: Tensor | None = None
 
     @torch.no_grad()
+    @_exact()
     def push(self, codes: Tensor, last: bool = False) -> Tensor:
         """Take the next codes [B, K, frames] and give all audio that is final."""
         self.end = codes[..., :0]

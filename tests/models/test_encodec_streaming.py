@@ -89,6 +89,29 @@ def test_decoded_audio_is_that_of_the_whole(case, frames, whole):
     torch.testing.assert_close(audio, model.decode(codes, scale), **AUDIO)
 
 
+@torch.no_grad()
+def test_a_gpu_rounds_no_more_than_a_cpu(monkeypatch):
+    """By cuDNN's settings, which are as they were afterwards."""
+    model, seen = codec("len0"), []
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+
+    def note(inner):
+        def noted(*arguments):
+            seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic))
+            return inner(*arguments)
+
+        return noted
+
+    for name in ("encode", "decode"):
+        monkeypatch.setattr(model.quantizer, name, note(getattr(model.quantizer, name)))
+    codes, _ = model.encode(torch.zeros(1, 1, 6400))
+    model.decode(codes)
+    model.stream().push(codes)
+    assert seen == [(False, True)] * 3
+    assert torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.enabled
+
+
 def test_codes_need_no_gradient(song):
     """So that tools which forget `no_grad` encode minutes all the same."""
     model = codec("renorm")
