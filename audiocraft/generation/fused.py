@@ -89,13 +89,11 @@ class _Process:
 
     Attributes:
         kept: of the last request.
-        spare: of the last one before that had another number of rows, such as no guidance.
         failure: why the kernels do not run here, once they have failed.
         warned: whether that they are not used has been said.
     """
 
     kept: _Kept | None = None
-    spare: _Kept | None = None
     failure: str | None = None
     warned: bool = False
 
@@ -103,29 +101,6 @@ class _Process:
         """Let go of what belongs to a model that is no more."""
         if self.kept is not None and self.kept.owner is owner:
             self.kept = None
-        if self.spare is not None and self.spare.owner is owner:
-            self.spare = None
-
-    def free(self) -> None:
-        """Let go of everything."""
-        self.kept = self.spare = None
-
-    def find(self, addresses: tuple[tuple[int, torch.dtype], ...], size: "Size") -> _Kept | None:
-        """What a request fits into; what none like it will fit into any more is let go of."""
-        for known in (self.kept, self.spare):
-            if known is not None and known.addresses == addresses and known.size.covers(size):
-                if known is self.spare:
-                    self.kept, self.spare = known, self.kept
-                return known
-        kept = self.kept
-        if kept is not None and kept.addresses == addresses and not kept.size.like(size):
-            self.spare = kept
-        elif self.spare is not None and (
-            self.spare.addresses != addresses or self.spare.size.like(size)
-        ):
-            self.spare = None
-        self.kept = None
-        return None
 
 
 @cache
@@ -173,10 +148,10 @@ def fused_decoder(
             with _on(device):
                 return _prepare(process, model, states, branches, steps, params, batch)
         except torch.OutOfMemoryError:
-            process.free()
+            process.kept = None
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, the request does without
-            process.free()
+            process.kept = None
             reason = process.failure = " ".join(f"{type(error).__name__}: {error}".split())
     if not process.warned:
         process.warned = True
@@ -247,24 +222,20 @@ def _prepare(
     memories = [state.memory[0][0].shape[2] for state in states if state.memory is not None]
     positions = max(state.positions for state in states)
     size = Size(batch, branches, steps, positions, max(memories, default=0))
-    kept = process.find(addresses, size)
-    if kept is None:
+    kept = process.kept
+    if kept is None or kept.addresses != addresses or not kept.size.covers(size):
+        kept = process.kept = None  # so that its memory is free for what takes its place
         size = size.rounded()
         owner = weakref.ref[nn.Module](model.out_norm, process.forget)
         with torch.inference_mode(False):  # later requests may come outside of it
-            try:
-                buffers = allocate(weights, size, device)
-            except torch.OutOfMemoryError:
-                process.spare = None
-                buffers = allocate(weights, size, device)
+            buffers = allocate(weights, size, device)
         kept = process.kept = _Kept(owner, addresses, size, buffers)
     choice: Choice = "top_k"
     if params.greedy:
         choice = "greedy"
     elif params.top_p > 0:
         choice = "top_p"
-    lacks_graph = graphs_wanted() and kept.graphs.get(choice) is None
-    if device.type == "cuda" and (lacks_graph or choice not in kept.graphs):
+    if device.type == "cuda" and kept.graphs.get(choice) is None:
         kept.graphs[choice] = _make_ready(weights, kept.buffers, choice)
     decoder = FusedDecoder(weights, kept, choice)
     decoder.lend_caches(states)
@@ -291,7 +262,7 @@ def _make_ready(
     if graphs_wanted():
         graph = torch.cuda.CUDAGraph()
         # Of this thread alone: what others ask of the GPU meanwhile does no harm.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             run_step(weights, buffers, choice)
     logger.info(
         "Made the GPU ready for %d rows: kernels in %.2f s, graph in %.2f s.",

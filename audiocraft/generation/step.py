@@ -61,13 +61,10 @@ class Size:
 
         return Size(self.batch, self.branches, up(self.steps), up(self.positions), up(self.memory))
 
-    def like(self, other: "Size") -> bool:
-        """Whether another request has the same rows, and the same of them for guidance."""
-        return (self.batch, self.branches) == (other.batch, other.branches)
-
     def covers(self, other: "Size") -> bool:
         """Whether another request finds room in this one."""
-        return self.like(other) and all(
+        same = (self.batch, self.branches) == (other.batch, other.branches)
+        return same and all(
             getattr(self, name) >= getattr(other, name) for name in ("steps", "positions", "memory")
         )
 

@@ -297,8 +297,6 @@ def test_buffers_stay_for_requests_that_fit(interpreted):
     assert interpreted.kept is kept
     generate(1, cfg_coef=1.0)
     assert interpreted.kept is not kept
-    assert torch.equal(generate(2), first)
-    assert interpreted.kept is kept
 
 
 @slow
@@ -314,35 +312,15 @@ def test_other_weights_are_noticed(interpreted, monkeypatch):
     layer.weight = nn.Parameter(layer.weight.flip(0))
     assert torch.equal(generate(), without_kernels(monkeypatch, generate))
     assert interpreted.kept is not kept
-    assert interpreted.spare is None
 
 
 def test_buffers_go_with_the_model(interpreted):
     model = lm(STATES["mono"])
-    for coef in (1.0, 3.0):
-        model.generate(conditions=items_of("mono", 1), max_gen_len=1, cfg_coef=coef)
+    model.generate(conditions=items_of("mono", 1), max_gen_len=1, cfg_coef=1.0)
     assert interpreted.kept is not None
-    assert interpreted.spare is not None
     del model
     gc.collect()
     assert interpreted.kept is None
-    assert interpreted.spare is None
-
-
-def test_the_spare_makes_room(interpreted, monkeypatch):
-    model, items = lm(STATES["mono"]), items_of("mono", 1)
-    model.generate(conditions=items, max_gen_len=1)
-    allocate, calls = step.allocate, []
-
-    def tight(*arguments):
-        calls.append(interpreted.spare)
-        if interpreted.spare is not None:
-            raise torch.OutOfMemoryError
-        return allocate(*arguments)
-
-    monkeypatch.setattr(step, "allocate", tight)
-    model.generate(conditions=items, max_gen_len=1, cfg_coef=1.0)
-    assert [spare is None for spare in calls] == [False, True]
 
 
 @slow

@@ -55,34 +55,6 @@ def generate(model):
     return model.generate(conditions=items, max_gen_len=5, use_sampling=False)
 
 
-def test_what_is_kept_of_requests_that_take_turns():
-    """With guidance and without; and nothing of another model, or that is too short for all."""
-    from audiocraft.generation.step import Size
-
-    process = fused._Process()
-
-    def request(name, branches, steps):
-        """Whether there was room for it; there is now."""
-        addresses, size = ((hash(name), torch.float16),), Size(1, branches, steps, steps, 0)
-        known = process.find(addresses, size)
-        if known is None:
-            process.kept = fused._Kept(None, addresses, size, None)
-        return known is not None
-
-    assert not request("one", 2, 100)
-    assert not request("one", 1, 100)
-    assert [request("one", branches, 90) for branches in (2, 1, 1, 2)] == [True] * 4
-    assert not request("one", 2, 200)
-    assert process.spare.size.branches == 1
-    assert request("one", 1, 100)
-    assert not request("one", 1, 200)
-    assert process.spare.size == Size(1, 2, 200, 200, 0)
-    assert not request("another", 1, 100)
-    assert process.spare is None
-    assert not request("one", 1, 100)
-    assert process.spare is None
-
-
 def test_a_cpu_is_no_reason_to_warn(caplog):
     generate(lm("lm_tiny_text_mono"))
     assert not caplog.records
