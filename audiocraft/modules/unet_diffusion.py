@@ -150,8 +150,11 @@ class _Decoder(nn.Module):
 
     def apply_to(
         self, source: Track, frames: int, sweep: Sweep, hop: int, into: Track | None
-    ) -> Track:
-        """The level above, of which `frames` are wanted; `into` may be written over."""
+    ) -> tuple[Track, bool]:
+        """The level above, of which `frames` are wanted; `into` may be written over.
+
+        Also whether nothing but what is in memory is read for it.
+        """
         x = sweep.keep(source, hop, self.norm.num_groups, into)
         for block in self.res_blocks:
             x = cast("_Residual", block).apply_to(x, sweep, hop)
@@ -164,7 +167,7 @@ class _Decoder(nn.Module):
             y: Tensor = self.convtr(window)
             return y[..., start - begin * stride : stop - begin * stride]
 
-        return Track(self.convtr.out_channels, frames, compute)
+        return Track(self.convtr.out_channels, frames, compute), x.track.held is not None
 
 
 class _BiLSTM(nn.Module):
@@ -297,14 +300,14 @@ class DiffusionUnet(nn.Module):
             levels.append((encoded, track))
         bottom = _conditioned(levels.pop()[1], condition)
         track = self._through_bottleneck(bottom, sweep, hop)
+        into, held = None, False
         for index, decoder in enumerate(self.decoders):
-            into = None
             if index:
                 encoded, skip = levels.pop()
                 # What lies below is computed of it again where it was too large to keep.
-                into = encoded if track.held is not None else None
+                into = encoded if held else None
                 track = _sum(track, skip)
-            track = cast("_Decoder", decoder).apply_to(track, lengths.pop(), sweep, hop, into)
+            track, held = cast("_Decoder", decoder).apply_to(track, lengths.pop(), sweep, hop, into)
             hop //= self.config.stride
         return sweep.hold(track, hop).float()
 

@@ -103,6 +103,27 @@ def test_a_level_is_kept_although_the_one_below_it_is_too_large(depth):
     torch.testing.assert_close(windows, whole, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_level_is_written_over_where_nothing_is_computed_of_it_again(monkeypatch):
+    model = network(growth=3, max_channels=60, depth=3)
+    keep, given = Sweep.keep, []
+
+    def noted(self, track, hop, groups, into=None):
+        given.append(None if into is None else into.held)
+        return keep(self, track, hop, groups, into)
+
+    monkeypatch.setattr(Sweep, "keep", noted)
+    x = torch.randn(1, 1, 300)
+    written = {}
+    for kept in (2**30, 0):
+        model(x, 3, model.condition(torch.randn(1, 16, 5)), Sweep(1, 64, kept))
+        written[kept] = sum(held is not None for held in given)
+        given.clear()
+    # Of each encoder its normalisation and residual blocks, of each decoder these, and of the upper
+    # two decoders what the encoders have left.
+    assert written == {2**30: 3 * 3 + 3 * 2 + 2, 0: 0}
+
+
 @pytest.mark.parametrize("changes", [{}, {"bilstm": True}], ids=str)
 @torch.no_grad()
 def test_step_and_condition_are_heard(changes):
