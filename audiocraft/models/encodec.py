@@ -6,9 +6,9 @@ Golden tests: `encodec_tiny`, `encodec_tiny_hf`, `encodec_stereo`.
 import logging
 import math
 from abc import ABC, abstractmethod
-from contextlib import ContextDecorator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +37,30 @@ _QUIET_ENCODING_S = 30.0
 _QUIET_DECODING_S = 5.0
 
 
-def _exact() -> ContextDecorator:
+@contextmanager
+def _exact() -> "Iterator[None]":
     """Convolutions and LSTMs in float32 on a GPU as well, where cuDNN would round to 10 bits.
 
-    Pieces of a clip would not fit each other else, nor its codes those that a CPU finds.
+    Pieces of a clip would not fit each other else, nor its codes those that a CPU finds. The
+    settings are the process's; they are as they were afterwards.
     """
-    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+    if not torch.cuda.is_available():
+        yield
+        return
+    cudnn: Any = torch.backends.cudnn
+    exact: list[tuple[Any, str, bool | str]] = [(cudnn, "deterministic", True)]
+    if hasattr(cudnn, "rnn"):
+        exact += [(part, "fp32_precision", "ieee") for part in (cudnn.conv, cudnn.rnn)]
+    else:  # torch below 2.9
+        exact.append((cudnn, "allow_tf32", False))
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in exact]
+    try:
+        for owner, name, value in exact:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
 
 
 @dataclass(frozen=True)

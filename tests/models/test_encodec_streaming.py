@@ -18,6 +18,7 @@ from tests.modules.test_streaming import draws
 from tests.project import ROOT
 
 AUDIO = {"rtol": 0, "atol": 1e-5}
+CUDNN = torch.backends.cudnn
 CASES = ["len0", "reflect", "causal", "renorm", "nq2"]
 
 
@@ -89,27 +90,60 @@ def test_decoded_audio_is_that_of_the_whole(case, frames, whole):
     torch.testing.assert_close(audio, model.decode(codes, scale), **AUDIO)
 
 
+class OlderCudnn:
+    """The settings as torch 2.8 has them."""
+
+    def __getattr__(self, name):
+        if name in {"conv", "rnn"}:
+            raise AttributeError(name)
+        return getattr(CUDNN, name)
+
+    def __setattr__(self, name, value):
+        setattr(CUDNN, name, value)
+
+
+@pytest.fixture
+def usual_cudnn():
+    yield
+    CUDNN.conv.fp32_precision = CUDNN.rnn.fp32_precision = "tf32"
+    CUDNN.allow_tf32 = True
+
+
+@pytest.mark.usefixtures("usual_cudnn")
+@pytest.mark.parametrize("settings", ["as they are", "older names", "newer names", "older torch"])
 @torch.no_grad()
-def test_a_gpu_rounds_no_more_than_a_cpu(monkeypatch):
-    """By cuDNN's settings, which are as they were afterwards."""
-    model, seen = codec("len0"), []
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+def test_a_gpu_rounds_no_more_than_a_cpu(settings, monkeypatch):
+    """By cuDNN's settings, which are as they were afterwards, however they were made."""
+    model, cudnn, seen = codec("len0"), CUDNN, []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    parts = cudnn.conv, cudnn.rnn
+    if settings == "older names":
+        cudnn.allow_tf32 = False
+    elif settings == "newer names":
+        cudnn.conv.fp32_precision = "ieee"
+    elif settings == "older torch":
+        monkeypatch.setattr(torch.backends, "cudnn", OlderCudnn())
+
+    def now():
+        return [part.fp32_precision for part in parts], cudnn.deterministic
 
     def note(inner):
         def noted(*arguments):
-            seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic))
+            seen.append(now())
             return inner(*arguments)
 
         return noted
 
+    before = now()
     for name in ("encode", "decode"):
         monkeypatch.setattr(model.quantizer, name, note(getattr(model.quantizer, name)))
     codes, _ = model.encode(torch.zeros(1, 1, 6400))
     model.decode(codes)
     model.stream().push(codes)
-    assert seen == [(False, True)] * 3
-    assert torch.backends.cudnn.allow_tf32
-    assert torch.backends.cudnn.enabled
+    assert len(seen) == 3
+    assert all("tf32" not in precisions and deterministic for precisions, deterministic in seen)
+    assert now() == before
+    assert not before[1]
 
 
 def test_codes_need_no_gradient(song):
