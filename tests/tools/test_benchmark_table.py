@@ -138,10 +138,11 @@ def test_each_is_kept_as_it_comes(tmp_path):
     items = [
         Item("first", 1, measure),
         Item("broken", 1, fail),
+        Item("wrong", 1, lambda *_: {}["missing"]),
         Item("long", 100, measure),
         Item("last", 1, measure),
     ]
     left = run_items(items, None, None, tmp_path, limit=60)
-    assert [item.name for item in left] == ["broken", "long"]
+    assert [item.name for item in left] == ["broken", "wrong", "long"]
     assert sorted(load_all(tmp_path)) == ["first", "last"]
     assert json.loads((tmp_path / "last.json").read_text())["kept"] == ["first.json"]

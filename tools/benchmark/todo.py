@@ -136,6 +136,7 @@ def run_items(
         begin = time.monotonic()
         try:
             record = item.measure(packages, place, end)
+            path = save(item.name, record, folder)
         except AudiocraftError as error:
             say(f"{item.name}: {error}")
             left.append(item)
@@ -144,7 +145,7 @@ def run_items(
             say(f"{item.name}: {traceback.format_exc()}")
             left.append(item)
             continue
-        say(f"Kept in {save(item.name, record, folder)}, after {time.monotonic() - begin:.0f} s.")
+        say(f"Kept in {path}, after {time.monotonic() - begin:.0f} s.")
     return left
 
 

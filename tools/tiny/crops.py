@@ -44,9 +44,10 @@ class Crops:
     Others begin anywhere, as a window in longer music does, and are learnt from where the beats
     were heard. None has the last chord of a piece: longer music would end with a window.
 
-    In a disturbance another piece of the same style is heard, and nothing is learnt. It has the
+    In a disturbance some other music of the same style is heard, and nothing is learnt. It has the
     same tempo or one of those next to it, and is in time with the crop's own at its end: what is
-    heard tells when the next beat comes, and the description how the beats go on.
+    heard tells when the next beat comes, and the description how the beats go on. So one may also
+    hide where a crop that begins anywhere has its beats.
 
     Args:
         music: encoded.
