@@ -111,15 +111,16 @@ class MultiBandDiffusion:
         self.codec_model = codec_model
         self.device = DPs[0].model.conv_codec.weight.device
         mono = self._mono
+        place = next(mono.parameters()).device
+        if place != self.device:
+            raise InputError(
+                f"The diffusion is on {self.device} and the codec on {place}: give both the same "
+                "device."
+            )
         codes = torch.zeros(1, mono.num_codebooks, 1, dtype=torch.long, device=self.device)
         with torch.no_grad():
             width = mono.decode_latent(codes).shape[1]
         rate, expected = DPs[0].sample_rate, DPs[0].model.config.codec_dim
-        if next(mono.parameters()).device != self.device:
-            raise InputError(
-                f"The diffusion is on {self.device} and the codec on another device: give both "
-                "the same."
-            )
         if (mono.sample_rate, width) != (rate, expected):
             raise InputError(
                 f"This diffusion decodes latents of {expected} channels to audio at {rate} Hz, the "
@@ -184,6 +185,7 @@ class MultiBandDiffusion:
             TooLargeError: the memory does not suffice.
             InputError: `n_bands` is below 2.
         """
+        _check_bands(n_bands)
         with self._explained(tokens.shape[-1]):
             reference = self.codec_model.decode(tokens)
             wav = self._generate(self._latents(tokens), reference.shape[-1], seed, progress)
@@ -272,8 +274,7 @@ class MultiBandDiffusion:
         Raises:
             InputError: `n_bands` is below 2.
         """
-        if n_bands < _FEWEST_BANDS:
-            raise InputError(f"n_bands is {n_bands}, it must be {_FEWEST_BANDS} or more.")
+        _check_bands(n_bands)
         filters = low_pass_filters(self.sample_rate, n_bands, wav.device)
         levels = band_stds(wav, filters).clamp_min(_SILENCE)
         return weighted_bands(wav, filters, (band_stds(ref, filters) / levels) ** strictness)
@@ -317,10 +318,8 @@ class MultiBandDiffusion:
         """Says how much memory would have been needed."""
         try:
             yield
-        except torch.OutOfMemoryError as error:
-            raise self._too_large(frames) from error
         except RuntimeError as error:
-            if "DefaultCPUAllocator" not in str(error):
+            if not _is_out_of_memory(error):
                 raise
             raise self._too_large(frames) from error
 
@@ -345,6 +344,16 @@ class MultiBandDiffusion:
         seeds = [first + item for item in range(items) for _ in range(channels)]
         wav = self.generate(latents.flatten(0, 1), (samples,), seeds=seeds, progress=progress)
         return wav.view(items, channels, samples)
+
+
+def _check_bands(count: int) -> None:
+    if count < _FEWEST_BANDS:
+        raise InputError(f"n_bands is {count}, it must be {_FEWEST_BANDS} or more.")
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether it is what torch says of a GPU's memory, or of a CPU's."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 class _Noise:
@@ -378,11 +387,13 @@ def load_diffusion_models(
     repo_id, (filename,) = PARTS["mbd"]
     if source is None:
         path = fetch(repo_id, filename)
+        remedy = f"remove it and run {command('mbd')}"
     else:
+        remedy = "give another"
         path = Path(source) / filename if Path(source).is_dir() else Path(source)
         if not path.is_file():
             raise WeightsError(f"There is no {path}; give a file of MultiBand Diffusion.")
-    with _is_diffusion(path):
+    with _is_diffusion(path, remedy):
         package = read_package(path, path.name)
         rate, count = package["sample_rate"], package["n_bands"]
         if count < 1:
@@ -391,12 +402,10 @@ def load_diffusion_models(
 
 
 @contextmanager
-def _is_diffusion(path: Path) -> Iterator[None]:
+def _is_diffusion(path: Path, remedy: str) -> Iterator[None]:
     """Turns what a file of another kind leads to into a sentence."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except (
         WeightsError,
         OmegaConfBaseException,
@@ -407,10 +416,11 @@ def _is_diffusion(path: Path) -> Iterator[None]:
         TypeError,
         ValueError,
     ) as error:
+        if isinstance(error, RuntimeError) and _is_out_of_memory(error):
+            raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise WeightsError(
-            f"{path} is not a file of MultiBand Diffusion ({reason.rstrip('.')}): remove it and "
-            f"run {command('mbd')}, or give another."
+            f"{path} is not a file of MultiBand Diffusion ({reason.rstrip('.')}): {remedy}."
         ) from error
 
 

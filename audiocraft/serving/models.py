@@ -169,7 +169,7 @@ class ModelCache:
             self._require(
                 "multi_band_diffusion", _size(path) >> halved, "switch it off", keep=model
             )
-            self._bands = load_diffusion_models(path, self.device)
+            self._bands = load_diffusion_models(device=self.device)
         return MultiBandDiffusion(self._bands, model.compression_model)
 
     def make_room(
@@ -207,9 +207,10 @@ class ModelCache:
         if diffusion is not None:
             diffusion.check_memory(frames, self._free())
 
-    def evict_others(self, model: MusicGen) -> None:
-        """Evict all but one model."""
-        self._bands = None
+    def evict_others(self, model: MusicGen, *, keep_bands: bool = False) -> None:
+        """Evict all but one model, and but the diffusion if that is kept."""
+        if not keep_bands:
+            self._bands = None
         self._models = {key: kept for key, kept in self._models.items() if kept is model}
         self._give_back()
 

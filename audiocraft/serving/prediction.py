@@ -230,7 +230,7 @@ class PredictionService:
             return job.run().cpu()  # a GPU is done when its result is here
         except (torch.OutOfMemoryError, TooLargeError):
             logger.warning("Out of memory: trying again with no other model loaded.")
-        self._models.evict_others(job.model)
+        self._models.evict_others(job.model, keep_bands=job.diffusion is not None)
         try:
             return job.run().cpu()
         except torch.OutOfMemoryError as error:
@@ -310,7 +310,7 @@ class PredictionService:
             self._folder = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Job:
     """All that a result is made from.
 
@@ -320,6 +320,7 @@ class _Job:
         clip: the part of `input_audio` that is used, [C, T], and its sample rate.
         diffusion: what decodes, if not the codec alone.
         seed: of the result.
+        tokens: [1, K, frames], once they are made and left to the diffusion.
     """
 
     model: MusicGen
@@ -327,9 +328,24 @@ class _Job:
     clip: tuple[Tensor, int] | None
     diffusion: MultiBandDiffusion | None
     seed: int
+    tokens: Tensor | None = None
 
     def run(self) -> Tensor:
-        """Audio [C, T]."""
+        """Audio [C, T]; where decoding has failed, another run begins with that."""
+        if self.tokens is None:
+            audio, tokens = self._generate()
+            if self.diffusion is None:
+                return audio
+            self.tokens = tokens
+            del audio
+        assert self.diffusion is not None
+        progress = ProgressLog(logger, "network evaluations", "MultiBand Diffusion")
+        return self.diffusion.tokens_to_wav(self.tokens, seed=self.seed, progress=progress.update)[
+            0
+        ]
+
+    def _generate(self) -> tuple[Tensor, Tensor]:
+        """Audio [C, T] of the codec, and tokens [1, K, frames]."""
         model, descriptions = self.model, [self.request.prompt]
         if self.clip is None:
             audio, tokens = model.generate(descriptions, return_tokens=True)
@@ -343,11 +359,7 @@ class _Job:
             audio, tokens = model.generate_with_chroma(
                 descriptions, [wav], sample_rate, return_tokens=True
             )
-        if self.diffusion is None:
-            return audio[0]
-        del audio
-        progress = ProgressLog(logger, "network evaluations", "MultiBand Diffusion")
-        return self.diffusion.tokens_to_wav(tokens, seed=self.seed, progress=progress.update)[0]
+        return audio[0], tokens
 
 
 def _check_prompt(clip: tuple[Tensor, int], selection: Selection) -> None:

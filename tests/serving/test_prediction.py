@@ -7,12 +7,14 @@ import pytest
 import soundfile
 import torch
 
+from audiocraft.assets.store import PARTS
 from audiocraft.data.audio import audio_read, audio_write
-from audiocraft.errors import AudioFileError, InputError
-from audiocraft.models import MusicGen
+from audiocraft.errors import AudioFileError, InputError, TooLargeError
+from audiocraft.models import MultiBandDiffusion, MusicGen
 from audiocraft.models.versions import VERSIONS
 from audiocraft.serving.models import Selection
 from audiocraft.serving.prediction import PredictionRequest, PredictionService
+from tools.make_diffusion import write_diffusion
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +214,38 @@ def test_where_memory_runs_out_other_models_go(service, monkeypatch):
 
     monkeypatch.setattr(MusicGen, "generate", never_enough)
     with pytest.raises(InputError, match=r"^1 s of tiny do not fit the memory of cpu: choose a"):
+        service.predict(request)
+
+
+def test_where_memory_runs_out_in_the_diffusion_nothing_is_generated_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("AUDIOCRAFT_CACHE_DIR", str(tmp_path))
+    repo_id, (filename,) = PARTS["mbd"]
+    (tmp_path / repo_id).mkdir(parents=True)
+    write_diffusion(tmp_path / repo_id / filename, 64, 2, hidden=4, depth=2, growth=2)
+    service = PredictionService()
+    request = tiny(prompt="x", duration=1, seed=3, multi_band_diffusion=True)
+    expected = service.predict(request).path.read_bytes()
+    bands, calls = service._models._bands, []
+    service._models._models["other", None] = MusicGen.get_pretrained("tiny")
+
+    def note(owner, name, failures):
+        inner = getattr(owner, name)
+
+        def noted(*args, **kwargs):
+            calls.append((name, len(service._models._models)))
+            if [called for called, _ in calls].count(name) <= failures:
+                raise TooLargeError("It does not fit.")
+            return inner(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    note(MusicGen, "generate", 0)
+    note(MultiBandDiffusion, "tokens_to_wav", 1)
+    assert service.predict(request).path.read_bytes() == expected
+    assert calls == [("generate", 2), ("tokens_to_wav", 2), ("tokens_to_wav", 1)]
+    assert service._models._bands is bands
+    note(MultiBandDiffusion, "tokens_to_wav", 99)
+    with pytest.raises(TooLargeError, match="It does not fit"):
         service.predict(request)
 
 
