@@ -235,7 +235,8 @@ def _prepare(
         choice = "greedy"
     elif params.top_p > 0:
         choice = "top_p"
-    if device.type == "cuda" and kept.graphs.get(choice) is None:
+    lacks_graph = graphs_wanted() and kept.graphs.get(choice) is None
+    if device.type == "cuda" and (lacks_graph or choice not in kept.graphs):
         kept.graphs[choice] = _make_ready(weights, kept.buffers, choice)
     decoder = FusedDecoder(weights, kept, choice)
     decoder.lend_caches(states)
@@ -262,7 +263,8 @@ def _make_ready(
     if graphs_wanted():
         graph = torch.cuda.CUDAGraph()
         # Of this thread alone: what others ask of the GPU meanwhile does no harm.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # On a stream of its device: torch has one for all, on the device that was first.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             run_step(weights, buffers, choice)
     logger.info(
         "Made the GPU ready for %d rows: kernels in %.2f s, graph in %.2f s.",
