@@ -152,4 +152,7 @@ def test_each_token_of_a_text_says_all_of_it_once_taught(tmp_path, monkeypatch):
     chance = sum(np.log(count) for count in OF_PIECE.values()) / len(OF_PIECE)
     assert loss < 0.6 * chance
     assert difference() > 2 * before
+    tokenizer, encoder = T5Conditioner(partial(Path, folder), 128, 32).load()
+    numbers = encoder.shared.weight[tokenizer("90 91 92 100").input_ids[:4]]
+    assert [torch.equal(numbers[1], number) for number in numbers] == [True, True, True, False]
     assert len(answers_of(PIECES[0])) == len(OF_PIECE)

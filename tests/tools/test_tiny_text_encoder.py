@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from audiocraft.assets.store import BUNDLED
 from audiocraft.modules.conditioners import T5Conditioner
 from tests.project import ROOT
-from tools.synthetic_music.pieces import plan
+from tools.synthetic_music.pieces import TEMPI, plan
 from tools.synthetic_music.words import descriptions
 from tools.tiny.text_encoder import build_tokenizer, make_text_encoder, save_text_encoder
 
@@ -94,6 +95,23 @@ def test_near_tempi_begin_alike_and_far_ones_do_not(folder, tokenizer):
     assert likeness(120, 130) < 0.5
     assert all(abs(likeness(120, other)) < 0.5 for other in (60, 80, 100, 140, 180))
     assert 0.7 < float(weight.std()) < 1.3  # all begin at the same size
+
+
+@pytest.mark.parametrize(
+    ("number", "tempo"),
+    [
+        *[(tempo, tempo) for tempo in TEMPI],
+        *[(90, 91), (88, 91), (128, 130), (140, 143), (174, 176), (180, 176), (58, 60)],
+        *[(45, 91), (50, 100), (200, 100), (220, 111)],
+    ],
+)
+def test_the_bundled_one_reads_a_number_as_the_tempo_next_to_it(number, tempo, tokenizer):
+    """One that no piece has was followed by none of 24 clips."""
+    _, encoder = conditioner(BUNDLED / "tiny/t5").load()
+    read, known = (
+        encoder.shared.weight[tokenizer.token_to_id(f"\u2581{n}")] for n in (number, tempo)
+    )
+    assert torch.equal(read, known)
 
 
 def test_what_is_written_gives_the_same_embeddings(folder, tmp_path):

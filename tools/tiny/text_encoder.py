@@ -9,6 +9,7 @@ files.
 import math
 import re
 from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,7 +29,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from metadata import genre_labels, instrument_classes, mood_theme_classes
-from tools.synthetic_music.pieces import SHORTEST, Piece, plan
+from tools.synthetic_music.pieces import SHORTEST, TEMPI, Piece, plan
 from tools.synthetic_music.words import descriptions
 from tools.tiny.lessons import OF_PIECE, answers_of
 
@@ -38,6 +39,9 @@ _SPACE: Final = "\u2581"  # what sentencepiece writes for a space
 _SPECIAL: Final = ("<pad>", "</s>", "<unk>")
 _NUMBERS: Final = range(40, 221)
 """Beats a minute that are one token; of other numbers each digit is one."""
+
+_FAR: Final = 1.1
+"""How many times as slow or fast as all tempi a number is to be read as another octave's."""
 
 _SAID: Final = 240  # pieces whose descriptions have all words that there are
 
@@ -176,8 +180,28 @@ def teach_text_encoder(folder: Path, pieces: Sequence[Piece]) -> float:
         optimizer.step()
         if step >= _STEPS - _LAST:
             recent += float(loss.detach()) / _LAST
+    _round_tempi(fast, encoder)
     save_text_encoder(folder, fast, encoder)
     return recent
+
+
+def _round_tempi(tokenizer: Any, encoder: Any) -> None:
+    """Read a tempo that no piece has as the one that is nearest.
+
+    What is learnt of a tempo does not hold for the numbers beside it. One that is far from all is
+    read as one that is half or twice as fast.
+    """
+    near = {float(tempo): tempo for tempo in TEMPI}
+    slowest, fastest = min(TEMPI) / _FAR, max(TEMPI) * _FAR
+    for tempo, by in product(TEMPI, (0.5, 2.0)):
+        if not slowest < tempo * by < fastest:
+            near[tempo * by] = tempo
+    with torch.no_grad():
+        for number in _NUMBERS:
+            nearest = min(near, key=lambda tempo: abs(math.log(number / tempo)))
+            texts = f"{_SPACE}{number}", f"{_SPACE}{near[nearest]}"
+            rows = tokenizer.convert_tokens_to_ids(texts)
+            encoder.shared.weight[rows[0]] = encoder.shared.weight[rows[1]]
 
 
 def save_text_encoder(folder: Path, tokenizer: Any, encoder: Any) -> None:
