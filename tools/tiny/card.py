@@ -19,7 +19,7 @@ A small stereo melody MusicGen, trained from nothing by this project on music th
 composes and renders. It is there so that the first command makes music without a network, and so
 that tests run on a model that has learnt something. It knows {leads} instruments, {styles} styles,
 the 24 keys and {tempi} tempi from {slowest} to {fastest} bpm, and nothing else: no recordings, no
-voices, no songs.{without}
+voices, no songs. A number between two tempi is read as the one next to it.{without}
 
 ## Parts
 
