@@ -15,9 +15,9 @@ from audiocraft.modules.tracks import Kept, Sweep, Track
 from audiocraft.modules.transformer import sin_embedding
 
 _HEADS = 8  # of the bottleneck's attention, in every file
-# Elements of the largest activation within a window: beyond what the caches hold, more of them
-# bring no speed on a CPU; a GPU wants enough to do.
-_WINDOW = {"cpu": 2**20, "cuda": 2**26}
+# Elements of the largest activation within a window. On a CPU a clip of 12 s takes 5 % longer in
+# two windows than in one; more elements bring no speed to a long one. A GPU wants enough to do.
+_WINDOW = {"cpu": 2**22, "cuda": 2**26}
 # Bytes of the largest activation that is kept, see `audiocraft.modules.tracks`. Computing it again
 # takes several times as long (12 times at 24 channels of growth 4, on a CPU).
 _MOST_BYTES = 2**30
