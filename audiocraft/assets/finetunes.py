@@ -188,8 +188,9 @@ class FineTuneStore:
                 assert held is not None, "only then was the question whether it has changed"
                 return held
             self._let_go(held)
-            stored = self._hold(received.hash) or self._adopt(part, received.hash)
+            # First: whoever waits for the part goes on as soon as the part has its name.
             write_json(mapping, {"sha256": received.hash, **asdict(received.validators)})
+            stored = self._hold(received.hash) or self._adopt(part, received.hash)
         return stored
 
     @property
@@ -209,7 +210,7 @@ class FineTuneStore:
         return stored
 
     def _hold(self, name: str) -> StoredFile | None:
-        """A file of the cache, locked; None where it is missing, being removed or broken."""
+        """A file of the cache, locked; None where it is missing, just removed or broken."""
         path = self._folder / name
         if not _NAME.fullmatch(name):
             return None
@@ -218,7 +219,8 @@ class FineTuneStore:
         except FileNotFoundError:
             return None
         try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            # Whoever adopts or removes it holds it for a moment only.
+            fcntl.flock(file, fcntl.LOCK_SH)
             if is_at(file, path):
                 stat = os.fstat(file.fileno())
                 state = (stat.st_ino, stat.st_size)
@@ -231,8 +233,6 @@ class FineTuneStore:
                     self._checked[name] = state
                 os.utime(path)
                 return StoredFile(path, name, file)
-        except BlockingIOError:
-            pass  # it is about to be removed
         except BaseException:
             file.close()
             raise

@@ -8,12 +8,14 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 from audiocraft.assets import download, exchange
 from audiocraft.assets.finetunes import KEEP_FREE, FineTuneStore
+from audiocraft.assets.parts import Part
 from audiocraft.errors import AssetError, InputError
 from tests.assets.test_exchange import run_and_cancel
 from tests.http_server import File
@@ -393,4 +395,34 @@ def test_two_processes_fetch_once(server, folder):
         sha256(content)
     ] * 2
     assert [request.status for request in server.log()] == [200, 304]
+    assert kept(folder) == [content]
+
+
+@pytest.mark.parametrize("kind", ["url", "data"])
+def test_whoever_waited_finds_the_file_as_soon_as_it_has_its_name(
+    server, store, folder, monkeypatch, kind
+):
+    content = b"weights"
+    server.files["/w"] = File(content, etag='"1"')
+    data = f"data:;base64,{base64.b64encode(content).decode()}"
+    source = server.url("/w") if kind == "url" else data
+    move = Part.move
+    moved = []
+    found = []
+    second = threading.Thread(
+        target=lambda: found.append(FineTuneStore(folder, keep_free=0).get(source))
+    )
+
+    def move_and_let_the_second_one_on(part, target):
+        move(part, target)
+        moved.append(target)
+        if len(moved) == 1:
+            second.start()
+            second.join(0.5)  # it waits for the lock of the file by now
+
+    monkeypatch.setattr(Part, "move", move_and_let_the_second_one_on)
+    first = store.get(source)
+    second.join(60)
+    assert moved == [first.path] == [found[0].path]
+    assert [request.status for request in server.log()] == [200, 304] * (kind == "url")
     assert kept(folder) == [content]
