@@ -190,8 +190,7 @@ class FineTuneStore:
             self._let_go(held)
             # First: whoever waits for the part goes on as soon as the part has its name.
             write_json(mapping, {"sha256": received.hash, **asdict(received.validators)})
-            stored = self._hold(received.hash) or self._adopt(part, received.hash)
-        return stored
+            return self._hold(received.hash) or self._adopt(part, received.hash)
 
     @property
     def _incoming(self) -> Path:
