@@ -2,14 +2,13 @@
 
 import base64
 import binascii
-import fcntl
 import hashlib
 import logging
 import os
 import re
 import shutil
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -22,6 +21,7 @@ from audiocraft.assets.parts import (
     is_at,
     open_part,
     read_json,
+    share_lock,
     try_lock,
     write_json,
     writing,
@@ -156,7 +156,7 @@ class FineTuneStore:
             assert part is not None, "nobody else makes it whole"
             held = self._hold(name)
             if held is None:
-                self._make_room(len(content))
+                self._evict(len(content))
                 check_space(what, self._folder, len(content))
                 part.file.write(content)
                 held = self._adopt(part, name)
@@ -177,9 +177,14 @@ class FineTuneStore:
             known = read_json(mapping)
             validators = Validators(_text(known.get("etag")), _text(known.get("last_modified")))
             held = self._hold(_text(known.get("sha256")) or "") if validators else None
+
+            def make_room(need: int) -> None:
+                self._let_go(held)  # it has changed, and may make room as well
+                self._evict(need)
+
             try:
                 received = transfer(
-                    remote, part, known=validators if held else None, make_room=self._make_room
+                    remote, part, known=validators if held else None, make_room=make_room
                 )
             except BaseException:
                 self._let_go(held)
@@ -200,7 +205,7 @@ class FineTuneStore:
         """A part that is whole becomes a file of the cache."""
         path = self._folder / name
         part.move(path)
-        fcntl.flock(part.file, fcntl.LOCK_SH)
+        share_lock(part.file)
         stat = os.fstat(part.file.fileno())
         self._checked[name] = (stat.st_ino, stat.st_size)
         stored = self._hold(name)
@@ -218,15 +223,15 @@ class FineTuneStore:
         except FileNotFoundError:
             return None
         try:
-            # Whoever adopts or removes it holds it for a moment only.
-            fcntl.flock(file, fcntl.LOCK_SH)
+            share_lock(file)  # whoever adopts or removes it has it for a moment only
             if is_at(file, path):
                 stat = os.fstat(file.fileno())
                 state = (stat.st_ino, stat.st_size)
                 if self._checked.get(name) != state:
                     if hashlib.file_digest(file, "sha256").hexdigest() != name:
                         logger.warning("%s is broken and is removed.", path)
-                        path.unlink()
+                        if is_at(file, path):  # another process may have been first
+                            path.unlink(missing_ok=True)
                         file.close()
                         return None
                     self._checked[name] = state
@@ -242,27 +247,29 @@ class FineTuneStore:
         if stored is not None and stored._lock is not None:  # noqa: SLF001 - one module
             stored._lock.close()  # noqa: SLF001
 
-    def _make_room(self, need: int) -> None:
-        """Make room for a file, unless it does not fit on the disk at all."""
-        held = sum(stat.st_size for stat in self._files().values())
-        if shutil.disk_usage(self._folder).free + held >= need:
-            self._evict(need)
-
     def _evict(self, need: int = 0) -> None:
-        """Remove files, the one used longest ago first, until enough of the disk is free."""
-        for path, stat in self._files().items():
-            if shutil.disk_usage(self._folder).free >= need + self._keep_free:
-                return
-            file = try_lock(path)
-            if file is not None:  # else it is in use
-                with file:
-                    path.unlink(missing_ok=True)
+        """Remove files, the one used longest ago first, until enough of the disk is free.
+
+        Args:
+            need: bytes of a file that comes in; where it does not fit even without all others that
+                are not in use, none is removed.
+        """
+        free, removed = shutil.disk_usage(self._folder).free, {}
+        with ExitStack() as locks:
+            for path, stat in self._files().items():
+                if free >= need + self._keep_free:
+                    break
+                file = try_lock(path, create=False)
+                if file is not None:  # else it is in use
+                    locks.enter_context(file)
+                    removed[path] = stat.st_size
+                    free += stat.st_size
+            for path, size in removed.items() if free >= need else ():
+                path.unlink(missing_ok=True)
                 for mapping in (self._folder / "urls").glob("*.json"):
                     if read_json(mapping).get("sha256") == path.name:
                         mapping.unlink(missing_ok=True)
-                logger.info(
-                    "Removed %s of fine-tuned weights to free the disk.", show_size(stat.st_size)
-                )
+                logger.info("Removed %s of fine-tuned weights to free the disk.", show_size(size))
 
     def _files(self) -> dict[Path, os.stat_result]:
         """Files of the cache, the one used longest ago first."""
@@ -276,7 +283,7 @@ class FineTuneStore:
     def _remove_leftovers(self) -> None:
         """Remove what processes left that were killed while they fetched."""
         for path in self._incoming.glob("*.part"):
-            file = try_lock(path)
+            file = try_lock(path, create=False)
             if file is not None:
                 with file:
                     path.unlink(missing_ok=True)

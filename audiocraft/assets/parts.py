@@ -56,7 +56,7 @@ class Part:
     def move(self, target: Path) -> None:
         """Give the whole file its name; it stays locked."""
         self.file.flush()
-        self.path.replace(target)
+        give_name(self.path, target)
 
     def close(self, *, failed: bool) -> None:
         """Let go of it; only part of a file that failed, and may be kept, stays."""
@@ -114,9 +114,19 @@ def _try_part(path: Path, *, keep: bool) -> Part | None:
     return None if file is None else Part(path, file, keep=keep)
 
 
-def try_lock(path: Path) -> BinaryIO | None:
-    """Open and lock a file, made if missing; None where another holds it or takes it away."""
-    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+def try_lock(path: Path, *, create: bool = True) -> BinaryIO | None:
+    """Open and lock a file; None where another holds it or takes it away.
+
+    Args:
+        path: of the file.
+        create: make it if missing; else that is None too.
+    """
+    try:
+        file = os.fdopen(os.open(path, os.O_RDWR | create * os.O_CREAT, 0o666), "r+b")
+    except FileNotFoundError:
+        if create:
+            raise
+        return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if is_at(file, path):
@@ -128,6 +138,20 @@ def try_lock(path: Path) -> BinaryIO | None:
         raise
     file.close()
     return None
+
+
+def share_lock(file: BinaryIO) -> None:
+    """Lock a file together with others, once nobody has it alone.
+
+    It is polled: what is raised in a thread that waits is heard only when the wait is over.
+    """
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_POLL_S)
+        else:
+            return
 
 
 def is_at(file: BinaryIO, path: Path) -> bool:
@@ -152,9 +176,19 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     new = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
         new.write_text(json.dumps(value))
-        new.replace(path)
+        give_name(new, path)
     finally:
         new.unlink(missing_ok=True)
+
+
+def give_name(whole: Path, path: Path) -> None:
+    """Rename a file that is whole, once its content is on the disk.
+
+    Without that, a power cut may leave an empty file under the name.
+    """
+    with whole.open("rb") as file:
+        os.fsync(file.fileno())
+    whole.replace(path)
 
 
 @contextlib.contextmanager

@@ -327,6 +327,27 @@ def test_a_file_that_does_not_fit_is_refused_and_removes_nothing(server, folder)
     assert names(folder) == "ab"
 
 
+@pytest.mark.usefixtures("disk")
+def test_nothing_is_removed_for_a_file_that_what_is_in_use_leaves_no_room_for(server, folder):
+    store = FineTuneStore(folder, keep_free=0)
+    server.files["/a"] = File(b"a" * 5000, etag='"a"')
+    store.pin(store.get(server.url("/a")))
+    get_all(store, server, "b", size=3000)
+    server.files["/d"] = File(b"d" * 6000)
+    with pytest.raises(AssetError, match=r"/d needs 6\.0 kB more on the disk of .* free some"):
+        store.get(server.url("/d"))
+    assert names(folder) == "ab"
+
+
+@pytest.mark.usefixtures("disk")
+def test_what_a_url_had_before_makes_room_for_what_it_has(server, folder):
+    store = FineTuneStore(folder, keep_free=0)
+    get_all(store, server, "a", size=6000)
+    server.files["/a"] = File(b"b" * 7000, etag='"b"')
+    assert store.get(server.url("/a")).path.read_bytes() == b"b" * 7000
+    assert names(folder) == "b"
+
+
 HOLD = """
 import sys
 from pathlib import Path
