@@ -243,12 +243,13 @@ class _Handler(BaseHTTPRequestHandler):
         end = end if stall is None else min(end, stall)
         for start in range(0, end, _PIECE):
             piece = content[start : min(end, start + _PIECE)]
+            asked.sent += len(piece)  # before: whoever has read it may look at once
             try:
                 self.wfile.write(piece)
             except OSError:  # the client has left
+                asked.sent -= len(piece)
                 self.close_connection = True
                 return
-            asked.sent += len(piece)
             if file.delay:
                 self.owner.closing.wait(file.delay)
         if stall is not None and end == stall:

@@ -121,10 +121,16 @@ sys.exit(main())
 
 
 def run(*command, cwd=None):
-    """Output of a command; of its messages, which name the registry, only the last words."""
-    result = subprocess.run(
-        [*map(str, command)], cwd=cwd, capture_output=True, text=True, check=False
-    )
+    """Output of a command; of its messages, which name the registry, only the last words.
+
+    What the network may fail is tried three times.
+    """
+    for _ in range(3):
+        result = subprocess.run(
+            [*map(str, command)], cwd=cwd, capture_output=True, text=True, check=False
+        )
+        if not re.search("Retrying|Connection|Timeout|HTTP error", result.stderr):
+            break
     said = re.sub(r"\w+://\S+", "(address)", result.stderr)[-2000:]
     assert result.returncode == 0, f"{Path(command[0]).name} {command[1:3]}: {said}"
     return result.stdout

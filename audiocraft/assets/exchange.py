@@ -6,6 +6,7 @@ of its own makes the call, and whoever waits for the answer polls.
 """
 
 import _thread
+import logging
 import os
 import threading
 import time
@@ -23,6 +24,8 @@ import httpx2
 
 from audiocraft.assets.remote import show_url
 from audiocraft.errors import AssetError, InputError
+
+logger = logging.getLogger(__name__)
 
 POLL_S: Final = 0.1
 FIRST_ANSWER_S = 8.0
@@ -217,7 +220,14 @@ def _helper() -> _Jobs:
 def _start_threads(jobs: _Jobs, started: SimpleQueue[None]) -> None:
     started.put(None)
     while True:
-        threading.Thread(target=jobs.get(), name="audiocraft-fetch", daemon=True).start()
+        job, waiting = jobs.get(), True
+        while waiting:
+            try:
+                threading.Thread(target=job, name="audiocraft-fetch", daemon=True).start()
+                waiting = False
+            except RuntimeError as error:  # the machine has as many as it may have
+                logger.warning("A thread cannot be started (%s); trying again.", error)
+                time.sleep(1)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,12 @@ from audiocraft.errors import AssetError
 
 logger = logging.getLogger(__name__)
 
+UNFINISHED: Final = ".unfinished"
+"""What the name of a file ends with that is not whole."""
+
 _POLL_S: Final = 0.1
+_NEW: Final = ".new"
+_SAFETENSORS: Final = re.compile(r"\.tmp\w{6}")  # what safetensors writes before it renames
 
 
 class Part:
@@ -111,7 +117,13 @@ def _wait_for(path: Path, what: str, *, keep: bool, done: Callable[[], bool]) ->
 
 def _try_part(path: Path, *, keep: bool) -> Part | None:
     file = try_lock(path)
-    return None if file is None else Part(path, file, keep=keep)
+    if file is None:
+        return None
+    try:
+        return Part(path, file, keep=keep)
+    except BaseException:
+        file.close()
+        raise
 
 
 def try_lock(path: Path, *, create: bool = True) -> BinaryIO | None:
@@ -138,6 +150,22 @@ def try_lock(path: Path, *, create: bool = True) -> BinaryIO | None:
         raise
     file.close()
     return None
+
+
+def wait_lock(path: Path, waits: Callable[[], object]) -> BinaryIO:
+    """Open and lock a file, made if missing, once nobody else has it; polled, see `share_lock`.
+
+    Args:
+        path: of the file.
+        waits: called once, if another has it.
+    """
+    file = try_lock(path)
+    if file is None:
+        waits()
+    while file is None:
+        time.sleep(_POLL_S)
+        file = try_lock(path)
+    return file
 
 
 def share_lock(file: BinaryIO) -> None:
@@ -173,12 +201,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a small file in one step."""
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    new = path.with_name(f"{path.name}.{os.getpid()}{_NEW}")
     try:
         new.write_text(json.dumps(value))
         give_name(new, path)
     finally:
         new.unlink(missing_ok=True)
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file that nobody writes any more has the name of one that is not whole."""
+    return name.endswith((UNFINISHED, _NEW)) or _SAFETENSORS.fullmatch(name) is not None
 
 
 def give_name(whole: Path, path: Path) -> None:

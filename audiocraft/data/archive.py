@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Final
 
 from audiocraft.assets.download import check_space
-from audiocraft.assets.parts import open_part, read_json, write_json
+from audiocraft.assets.parts import open_part, read_json, try_lock, write_json
 from audiocraft.data import tarball, zipball
 from audiocraft.data.tarball import ArchiveError, Member, Stream, bomb, broken, show_name
 from audiocraft.errors import InputError
@@ -142,20 +142,22 @@ def unpack(source: Path, folder: Path, limits: Limits = LIMITS) -> Unpacked | No
             name = hashlib.file_digest(file, "sha256").hexdigest()
             target = folder / name
             folder.mkdir(parents=True, exist_ok=True)
-            # One process unpacks it; whatever another one left when it was killed is in the way.
+            _remove_leftovers(folder)
             with open_part(folder / f"{name}.part", source.name, done=lambda: _is_done(target)) as (
                 part
             ):
                 if part is not None:
                     _unpack_new(file, kind, source.name, target, limits)
-            after = os.fstat(file.fileno())
+                after = os.fstat(file.fileno())
+                has_changed = _state(after) != _state(before)
+                if has_changed and part is not None:
+                    shutil.rmtree(target)
     except OSError as error:
         raise InputError(
             f"{source} cannot be unpacked to {folder} ({error.strerror or error}); check that the "
             "one is readable and the other writable."
         ) from error
-    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        shutil.rmtree(target)
+    if has_changed:
         raise InputError(f"{source} changed while it was unpacked; try again when it is whole.")
     return _read_index(target)
 
@@ -175,6 +177,22 @@ def _kind(file: BinaryIO, name: str) -> str | None:
         if head.startswith(magic):
             raise ArchiveError(name, f"is a {foreign} archive, which is not read", "send a .zip")
     return "tar" if tarball.is_tar(head) else None
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what processes left that were killed while they unpacked."""
+    for path in folder.glob("*.part"):
+        held = try_lock(path, create=False)
+        if held is not None:
+            with held:
+                new = path.with_suffix(".new")
+                if new.exists():
+                    shutil.rmtree(new)
+                path.unlink(missing_ok=True)
+
+
+def _state(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _unpack_new(file: BinaryIO, kind: str, name: str, target: Path, limits: Limits) -> None:

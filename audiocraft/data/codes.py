@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from audiocraft.assets.parts import UNFINISHED, give_name
 from audiocraft.assets.tensors import read_safetensors
 from audiocraft.data.audio_utils import convert_audio
 from audiocraft.models.builders import get_conditioner_provider, get_wrapped_compression_model
@@ -152,10 +153,10 @@ def save_encoded(path: Path, chunk: EncodedChunk) -> None:
     tensors = {"codes": chunk.codes.contiguous()}
     if chunk.chroma is not None:
         tensors["chroma"] = chunk.chroma.contiguous()
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}{UNFINISHED}")
     try:
         save_file(tensors, unfinished, {_FRAMES: str(chunk.frames), _SAMPLES: str(chunk.samples)})
-        unfinished.replace(path)
+        give_name(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
 

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from audiocraft.assets.parts import read_json, try_lock, write_json
+from audiocraft.assets.parts import is_leftover, read_json, try_lock, wait_lock, write_json
 from audiocraft.data.archive import LeftOut
 from audiocraft.data.chunks import Chunk, Clip, Cut, cut, each, read_chunks
 from audiocraft.data.codes import Encoder, encode_chunk, load_encoder, save_encoded
@@ -38,7 +38,6 @@ from audiocraft.data.labels import (
 )
 from audiocraft.data.report import ChunkLabels, DatasetReport, UsedFile, check_usable, make_report
 from audiocraft.data.separate import (
-    UNFINISHED,
     StemChoice,
     StemFile,
     Track,
@@ -62,7 +61,6 @@ _CODES_BYTES: Final = 8 * 50 * 2 + 8 * 12 * 4  # of codes and chroma: 8 frames o
 _FILE_BYTES: Final = 100_000  # of a file: notes, labels, the codes that fill up its last chunk
 _LEAST_RATE: Final = 8000  # bytes of a second of compressed music, 64 kbit/s
 _MOST_FRAMES: Final = 10_000  # in a byte of a lossless file; of silence it has some 4000
-_POLL_S: Final = 0.5
 _PARTS: Final = 1000  # of a file, for the progress
 _SONG_WORKERS: Final = 2  # songs whose key and tempo are told at a time
 
@@ -409,16 +407,11 @@ def _alone(folder: Path) -> Iterator[None]:
     """The folder, for this process until the block ends; what others were killed in is removed."""
     for name in _FOLDERS:
         (folder / name).mkdir(parents=True, exist_ok=True)
-    waiting = False
-    while (lock := try_lock(folder / "lock")) is None:
-        if not waiting:
-            logger.info("Another job prepares its music in %s; waiting for it.", folder)
-        waiting = True
-        time.sleep(_POLL_S)
-    with lock:
+    text = "Another job prepares its music in %s; waiting for it."
+    with wait_lock(folder / "lock", lambda: logger.info(text, folder)):
         for name in _FOLDERS:
-            for pattern in (f"*{UNFINISHED}", "*.new"):
-                for left in (folder / name).glob(pattern):
+            for left in (folder / name).iterdir():
+                if is_leftover(left.name):
                     left.unlink()
         yield
 
@@ -462,11 +455,17 @@ def _longest(path: Path) -> float:
 def remove_intermediates(folder: Path, prepared: Prepared) -> None:
     """Remove the stems of a dataset, which are large; codes and labels stay.
 
+    While another job prepares its music, which may take hours, they stay as well.
+
     Args:
         folder: that was given to `prepare`.
         prepared: what it returned.
     """
-    with _alone(folder):
+    lock = try_lock(folder / "lock")
+    if lock is None:
+        logger.info("Another job prepares its music in %s: the stems there stay.", folder)
+        return
+    with lock:
         for sha256 in {file.sha256 for file in prepared.report.used}:
             for path in (folder / _STEMS).glob(f"{sha256}-*.w64"):
                 path.unlink()

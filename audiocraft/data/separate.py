@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from audiocraft.assets.parts import read_json, write_json
+from audiocraft.assets.parts import UNFINISHED, give_name, read_json, write_json
 from audiocraft.data.audio import audio_blocks
 from audiocraft.data.audio_utils import convert_audio_channels
 from audiocraft.data.chunks import Chunk, PeakMeter
@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 STEMS: Final = ("drums", "bass", "other", "vocals")
 """What htdemucs separates."""
-UNFINISHED: Final = ".unfinished"
 """Suffix of a file that is being written; what bears it without a writer is rubbish."""
 FAINT: Final = 1e-3
 """Peak, -60 dB of full scale, that is left where a stem is not there."""
@@ -208,7 +207,7 @@ class _Writer:
         self._sound.close()
         if self._stream is None:
             write_json(_note(self._file.path), {"peaks": self._meter.peaks})
-        self._unfinished.replace(self._file.path)
+        give_name(self._unfinished, self._file.path)
 
     def __enter__(self) -> Self:
         return self

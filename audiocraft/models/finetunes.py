@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from audiocraft.assets.parts import UNFINISHED, give_name
 from audiocraft.assets.store import store_dir
 from audiocraft.errors import WeightsError
 from audiocraft.models.builders import T5_DIMS, get_wrapped_compression_model
@@ -209,7 +210,7 @@ def file_base_sha256(path: Path, checkpoint: Checkpoint) -> str:
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         unfinished.write_text(value)
-        unfinished.replace(kept)
+        give_name(unfinished, kept)
     except OSError as error:
         logger.warning("The hash of %s cannot be kept in the store: %s.", path.name, error)
     return value
@@ -428,9 +429,9 @@ def save_finetune(
     half = {
         key: value.detach().to("cpu", torch.float16).contiguous() for key, value in state.items()
     }
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished = path.with_name(f".{path.name}{UNFINISHED}")
     try:
         save_file(half, unfinished, said)
-        unfinished.replace(path)
+        give_name(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

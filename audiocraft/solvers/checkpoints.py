@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import torch
 
+from audiocraft.assets.parts import UNFINISHED, is_leftover
 from audiocraft.assets.remote import show_size
 from audiocraft.errors import InputError, TrainingError
 
@@ -25,7 +26,6 @@ CHECKPOINTS: Final = "checkpoints"
 """In the folder of a job."""
 
 _LOCK: Final = "lock"
-_UNFINISHED: Final = ".unfinished"
 _NOTES: Final = "notes.json"
 _SPARE: Final = 100_000_000  # bytes that a disk keeps free
 
@@ -70,9 +70,11 @@ def work_folder(folder: Path, *, fresh: bool = False) -> Iterator[Path]:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
+        if fresh and (folder / CHECKPOINTS).is_dir():  # first: the rest is nothing without it
+            _remove(folder / f"{CHECKPOINTS}{UNFINISHED}")
+            (folder / CHECKPOINTS).replace(folder / f"{CHECKPOINTS}{UNFINISHED}")
         for path in list(folder.rglob("*")):
-            # The rest is of a process that was killed.
-            if (fresh and path.name != _LOCK) or path.name.endswith((_UNFINISHED, ".new")):
+            if (fresh and path.name != _LOCK) or is_leftover(path.name):
                 _remove(path)
         yield folder
 
@@ -112,7 +114,7 @@ def save_checkpoint(
         TrainingError: the disk has too little free.
     """
     above = folder / CHECKPOINTS
-    unfinished, whole = above / f"{update}{_UNFINISHED}", above / str(update)
+    unfinished, whole = above / f"{update}{UNFINISHED}", above / str(update)
     unfinished.mkdir(parents=True, exist_ok=True)
     if state is not None:
         need = _size(state)
@@ -128,7 +130,7 @@ def save_checkpoint(
         _sync(above)
         for update_before in _updates(folder):
             if update_before != update:
-                old = above / f"{update_before}{_UNFINISHED}"
+                old = above / f"{update_before}{UNFINISHED}"
                 (above / str(update_before)).replace(old)
                 shutil.rmtree(old)
     barrier()

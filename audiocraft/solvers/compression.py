@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from audiocraft import __version__
+from audiocraft.assets.parts import give_name
 from audiocraft.errors import InputError, TrainingError
 from audiocraft.models.encodec import EncodecModel
 from audiocraft.modules.conv import StreamableConv1d, StreamableConvTranspose1d
@@ -274,7 +275,7 @@ class Trainer:
         metadata = {"xp.cfg": OmegaConf.to_yaml(cfg), "version": __version__, "exported": "true"}
         unfinished = path.with_name(f".{path.name}.new")
         save_file(self.exported_state(), unfinished, metadata)
-        unfinished.replace(path)
+        give_name(unfinished, path)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the run goes on from; tensors are not copied."""

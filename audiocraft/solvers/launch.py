@@ -53,30 +53,27 @@ def launch(
         watched, lifeline = os.pipe()
         command = [sys.executable, "-m", "audiocraft.solvers.agent"]
         command += [str(watched), folder, str(processes), module, *arguments]
+        process = None
         try:
-            process = subprocess.Popen(  # noqa: S603 - our own interpreter and modules
-                command,
-                env=_environment(processes, environment or {}),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                pass_fds=[watched],
-                start_new_session=True,
-            )
-        except BaseException:
-            os.close(lifeline)
-            raise
-        finally:
-            os.close(watched)
-        assert process.stdout is not None
-        output = process.stdout.fileno()
-        try:
-            for line in _lines(output, process):
+            try:
+                process = subprocess.Popen(  # noqa: S603 - our own interpreter and modules
+                    command,
+                    env=_environment(processes, environment or {}),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=[watched],
+                    start_new_session=True,
+                )
+            finally:
+                os.close(watched)
+            for line in _lines(process):
                 log(line)
             process.wait()
         finally:
-            os.close(lifeline)
-            _end(process, output)
+            os.close(lifeline)  # without which the agent ends by itself
+            if process is not None:
+                _end(process)
         if process.returncode:
             raise TrainingError(_reason(Path(folder), process.returncode))
 
@@ -94,11 +91,13 @@ def _environment(processes: int, more: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _lines(output: int, process: "subprocess.Popen[bytes]") -> Iterator[str]:
-    """Lines of a pipe until all who write to it have ended.
+def _lines(process: "subprocess.Popen[bytes]") -> Iterator[str]:
+    """Lines of a process's pipe until all who write to it have ended.
 
     It is polled: what is raised in a thread that waits is heard only when the wait is over.
     """
+    assert process.stdout is not None
+    output = process.stdout.fileno()
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     text, deadline = "", None
     while True:
@@ -117,16 +116,16 @@ def _lines(output: int, process: "subprocess.Popen[bytes]") -> Iterator[str]:
         yield text
 
 
-def _end(process: "subprocess.Popen[bytes]", output: int) -> None:
+def _end(process: "subprocess.Popen[bytes]") -> None:
     """Kill what is left, and see that it is gone: the pipe closes with its last writer."""
+    assert process.stdout is not None
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    deadline = time.monotonic() + _END_S
+    output, deadline = process.stdout.fileno(), time.monotonic() + _END_S
     while time.monotonic() < deadline:
         if select.select([output], [], [], _POLL_S)[0] and not os.read(output, 65536):
             break
-    assert process.stdout is not None
     process.stdout.close()
 
 

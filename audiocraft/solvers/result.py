@@ -1,9 +1,9 @@
 """What comes of a training: the process that writes the file of weights.
 
-`launch` runs it as a module, with the work folder, when all updates are made.
+`launch` runs it as a module, with the work folder, when all updates are made. No other training
+writes to the folder of weights meanwhile.
 """
 
-import fcntl
 import json
 import logging
 import sys
@@ -49,26 +49,23 @@ def main() -> None:
     examples, _ = hold_out(prepared.examples, job.seed)
     prompts = choose_prompts(examples, condition_settings(cfg, job.cfg_p), job.seed)
     folder = Path(place.weights)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another training may end just now
-        set_aside(folder, work.name)
-        save_finetune(
-            folder / WEIGHTS_FILE,
-            tuned.checkpoint.state,  # read from its file as it is written
-            cfg,
-            base=job.version,
-            base_sha256=tuned.base_sha256,
-            license=VERSIONS[job.version].license,
-            lora=tuned.lora,
-            metadata={
-                "run": work.name,
-                "dataset": json.dumps(summarize(prepared.report), ensure_ascii=False),
-                "training": json.dumps(describe_training(job, state, update)),
-                "prompts": json.dumps(prompts, ensure_ascii=False),
-            },
-        )
-        (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors gives it to this user alone
+    set_aside(folder, work.name)
+    save_finetune(
+        folder / WEIGHTS_FILE,
+        tuned.checkpoint.state,  # read from its file as it is written
+        cfg,
+        base=job.version,
+        base_sha256=tuned.base_sha256,
+        license=VERSIONS[job.version].license,
+        lora=tuned.lora,
+        metadata={
+            "run": work.name,
+            "dataset": json.dumps(summarize(prepared.report), ensure_ascii=False),
+            "training": json.dumps(describe_training(job, state, update)),
+            "prompts": json.dumps(prompts, ensure_ascii=False),
+        },
+    )
+    (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors gives it to this user alone
 
 
 def choose_weights(state: RunState) -> tuple[int, str]:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from audiocraft.assets.parts import read_json, write_json
+from audiocraft.assets.parts import is_leftover, read_json, wait_lock, write_json
 from audiocraft.assets.remote import show_size
 from audiocraft.data.archive import SIDE, split_name, unwanted
 from audiocraft.data.dataset import DatasetSettings, disk_need, load_prepared, remove_intermediates
@@ -163,30 +163,47 @@ def _prepare(work: Path, job: TrainingJob, log: Log) -> None:
 
 
 def _finish(work: Path, job: TrainingJob, place: Place, log: Log) -> Path:
-    """From exported weights to the result, its samples and the report."""
-    with _timed(work, "result"):
-        launch("audiocraft.solvers.result", [str(work)], 1, log)
+    """From exported weights to the result, its samples and the report.
+
+    What is stopped on the way is made again by the next start.
+    """
     path = Path(place.weights) / WEIGHTS_FILE
-    sha256 = _hash(path)
-    write_json(work / _RESULT, {"path": str(path), "sha256": sha256})
-    try:
-        with _timed(work, "samples"):
-            launch("audiocraft.solvers.samples", [str(work)], 1, log)
-    except TrainingError as error:
-        log(f"The weights are whole, but the two samples could not be made: {error}")
-    prepared, state = load_prepared(work / DATASET_FILE), read_state(work)
-    assert state is not None, "the training has ended"
-    remove_intermediates(Path(place.data), prepared)
-    more = {
-        "settings": asdict(job),
-        "training": describe_training(job, state, json.loads(_said(path, "training"))["update"]),
-        "history": state.notes(),
-        "seconds": {**read_json(work / _TIMES)},
-        "result": {"path": str(path), "sha256": sha256},
-    }
-    write_report(prepared.report, work / REPORT_FILE, more)
-    _show_result(path, sha256, log)
+    with _alone(path.parent, log):
+        with _timed(work, "result"):
+            launch("audiocraft.solvers.result", [str(work)], 1, log)
+        try:
+            with _timed(work, "samples"):
+                launch("audiocraft.solvers.samples", [str(work)], 1, log)
+        except TrainingError as error:
+            log(f"The weights are whole, but the two samples could not be made: {error}")
+        prepared, state = load_prepared(work / DATASET_FILE), read_state(work)
+        assert state is not None, "the training has ended"
+        remove_intermediates(Path(place.data), prepared)
+        result = {"path": str(path), "sha256": _hash(path)}
+        update = json.loads(_said(path, "training"))["update"]
+        more = {
+            "settings": asdict(job),
+            "training": describe_training(job, state, update),
+            "history": state.notes(),
+            "seconds": {**read_json(work / _TIMES)},
+            "result": result,
+        }
+        write_report(prepared.report, work / REPORT_FILE, more)
+        write_json(work / _RESULT, result)
+        _show_result(path, result["sha256"], log)
     return path
+
+
+@contextmanager
+def _alone(weights: Path, log: Log) -> Iterator[None]:
+    """The folder of weights, for this training until the block ends."""
+    weights.mkdir(parents=True, exist_ok=True)
+    text = "Another training is writing its result; waiting for it."
+    with wait_lock(weights / ".lock", lambda: log(text)):
+        for path in weights.iterdir():
+            if path.name.startswith(".") and is_leftover(path.name):
+                path.unlink()
+        yield
 
 
 def _said(path: Path, name: str) -> str:

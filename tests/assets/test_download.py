@@ -133,7 +133,7 @@ def test_a_failed_download_leaves_nothing(remote, server, target):
 
 
 def test_a_stall_counts_as_a_cut(remote, server, target, monkeypatch):
-    monkeypatch.setattr(exchange, "STALL_S", 0.3)
+    monkeypatch.setattr(exchange, "STALL_S", 1.0)
     server.files["/f"] = file = File(CONTENT, etag='"1"', stall_after=100_000)
 
     def go_on():

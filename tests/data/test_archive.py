@@ -268,9 +268,12 @@ def test_a_cancelation_leaves_nothing_and_the_next_call_all(place, monkeypatch, 
 def test_what_a_killed_process_left_is_replaced(place):
     source = make_zip(place / "songs.zip", SONGS.items())
     name = hashlib.sha256(source.read_bytes()).hexdigest()
-    for leftover in (f"{name}.new", name):
+    other = hashlib.sha256(b"another archive").hexdigest()
+    for leftover in (f"{name}.new", name, f"{other}.new"):
         (place / "work" / leftover).mkdir()
         (place / "work" / leftover / "000001 half.wav").write_bytes(b"half")
+    for part in (name, other):
+        (place / "work" / f"{part}.part").touch()
     assert unpacked(place, source) == SONGS
     assert [path.name for path in (place / "work").iterdir()] == [name]
     assert not list((place / "work").rglob("*half*"))

@@ -292,7 +292,7 @@ def test_a_cancelation_is_heard_and_leaves_nothing_running(tmp_path, delay):
     )
     thread.join(10)
     assert outcome == ["canceled"]
-    wait_for(lambda: _thread._count() == before)
+    wait_for(lambda: _thread._count() <= before)  # one of an earlier test may end as well
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
     assert not [pid for pid in children if "ffmpeg" in Path(f"/proc/{pid}/cmdline").read_text()]
     for note in (tmp_path / "work").glob("*-30s.json"):

@@ -40,10 +40,10 @@ def _advance(state, sequence):
     return "step" if sequence.shape[-1] == 1 else "prefill"
 
 
-_slow(LMModel, "advance", _advance, 0.005)
+_slow(LMModel, "advance", _advance, 0.03)
 _slow(HTDemucs, "forward", lambda *_: "segment", 0.3)
 for owner, name in ((SEANetDecoder, "forward"), (DecoderStream, "push")):
-    _slow(owner, name, lambda *_: "decode", 0.2)
+    _slow(owner, name, lambda *_: "decode", 1.0)
 for owner, name in ((SEANetEncoder, "forward"), (EncoderStream, "push")):
     _slow(owner, name, lambda *_: "encode", 0.2)
 """
@@ -134,8 +134,8 @@ def test_cancel_in_each_phase(served, scratch, store, phase, seen, inputs):
     expected = result(served, **melody)
     before = files(scratch, store)
     elapsed = cancelled(served, seen, {"prompt": "x", "seed": 2, **inputs})
-    assert elapsed < 2
-    time.sleep(0.3)
+    assert elapsed < 4
+    time.sleep(1)  # lines may lag
     at_end = count(served, phase)
     time.sleep(0.5)
     assert count(served, phase) == at_end  # nothing goes on behind the scenes
@@ -156,7 +156,7 @@ def test_within_sixteen_steps_and_one_segment(served, scratch):
         served.cancel(handle.id)
         at_cancel = count(served, phase)
         assert handle.answer(20)[1]["status"] == "canceled"
-        time.sleep(0.3)
+        time.sleep(1)
         assert count(served, phase) - at_cancel <= limit
 
 
@@ -173,7 +173,7 @@ def test_cancel_in_a_download(served, store, scratch, tmp_path):
         begin = time.monotonic()
         served.cancel(handle.id)
         assert handle.answer(20)[1]["status"] == "canceled"
-        assert time.monotonic() - begin < 2
+        assert time.monotonic() - begin < 4
         assert files(scratch, store) <= before
         assert result(served) == expected
         file.stall_after = None

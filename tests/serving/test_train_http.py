@@ -106,7 +106,7 @@ def test_a_training_that_cannot_be(served, music, inputs, sentence):
     message = refused(served, **SHORT | {"dataset_path": str(music), **inputs})
     assert message == sentence or re.match(sentence, message), message
     assert "\n" not in message
-    assert time.monotonic() - begin < 15  # nothing but imports, the first time
+    assert time.monotonic() - begin < 60  # nothing but imports, the first time
 
 
 def test_a_link_out_of_the_folder(served, project):
@@ -174,7 +174,7 @@ def test_cancel_leaves_no_process_and_the_work_goes_on(served, project, archive)
     inputs = LONG | {"dataset_path": data_url(archive), "seed": 1}
     served.lines.clear()
     handle = served.start_training("long", inputs)
-    served.wait_for("loss", 60)
+    served.wait_for("loss", 300)
     wait_until(lambda: len(job_processes(project)) >= 3)  # the agent and two ranks, at least
     processes = job_processes(project)
     begin = time.monotonic()
@@ -185,7 +185,7 @@ def test_cancel_leaves_no_process_and_the_work_goes_on(served, project, archive)
     # The folder is free again.
     served.lines.clear()
     handle = served.start_training("again", inputs)
-    served.wait_for("loss", 60)
+    served.wait_for("loss", 300)
     served.cancel("again")
     assert handle.answer(15)[1]["status"] == "canceled"
     wait_until(lambda: job_processes(project) == [])
@@ -196,7 +196,7 @@ def test_a_worker_that_is_killed_takes_its_processes_along(project, environment,
     inputs = LONG | {"dataset_path": data_url(archive), "seed": 2}
     with start(project, environment, training=True) as server:
         handle = server.start_training("long", inputs)
-        server.wait_for("loss", 60)
+        server.wait_for("loss", 300)
         processes = job_processes(project)
         assert len(processes) >= 3
         os.kill(server.worker_pid, signal.SIGKILL)

@@ -166,6 +166,43 @@ def test_a_fresh_folder_is_empty(tmp_path):
     assert (beside / "codes").exists()
 
 
+def test_a_fresh_folder_has_no_checkpoint_from_the_first_moment_on(tmp_path, monkeypatch):
+    with work_folder(tmp_path):
+        save_checkpoint(tmp_path, 3, {"update": 3}, {})
+        (tmp_path / "weights-3.safetensors").touch()
+
+    def killed(path, **_options):
+        if path.exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt), work_folder(tmp_path, fresh=True):
+        pass
+    monkeypatch.undo()
+    assert find_checkpoint(tmp_path) is None
+    with work_folder(tmp_path):
+        assert not (tmp_path / "checkpoints.unfinished").exists()
+
+
+HALF = """
+import resource, signal, sys, torch
+from safetensors.torch import save_file
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+save_file({"weights": torch.ones(10**6)}, sys.argv[1])
+"""
+
+
+def test_what_safetensors_left_when_it_was_killed_is_removed(tmp_path):
+    command = [sys.executable, "-c", HALF, str(tmp_path / "a.safetensors")]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGXFSZ
+    assert len(list(tmp_path.iterdir())) == 1
+    with work_folder(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
 SAVER = """
 import sys, torch
 from pathlib import Path

@@ -14,6 +14,7 @@ import pytest
 import soundfile
 import torch
 
+from audiocraft.assets.parts import try_lock
 from audiocraft.assets.tensors import read_safetensors
 from audiocraft.data.codes import load_encoded, save_encoded
 from audiocraft.data.dataset import load_prepared
@@ -23,10 +24,12 @@ from audiocraft.models import MusicGen
 from audiocraft.models.finetunes import read_finetune
 from audiocraft.models.shapes import shape_of
 from audiocraft.serving.prediction import PredictionRequest, PredictionService
+from audiocraft.solvers import run
 from audiocraft.solvers.checkpoints import job_key, work_folder
 from audiocraft.solvers.clips import hold_out, load_clips
 from audiocraft.solvers.devices import find_devices
 from audiocraft.solvers.job import TrainingJob
+from audiocraft.solvers.launch import launch
 from audiocraft.solvers.musicgen import TrainSettings, batch_clips
 from audiocraft.solvers.needs import Base, check_disk, fetch_base
 from audiocraft.solvers.result import SAMPLE_FILES, WEIGHTS_FILE
@@ -363,11 +366,29 @@ def assert_equal(some, others):
 
 
 @pytest.mark.slow
-def test_few_songs_without_descriptions(tmp_path):
+def test_few_songs_without_descriptions(tmp_path, monkeypatch):
     """Nothing is held out, an adapter is what comes out, and there is nothing to prompt with."""
     music = make_music(tmp_path / "music", 4, descriptions=False)
     job = replace(SHORT, lora_rank=4, epochs=1, updates_per_epoch=0, batch_size=2)
+    began, said = [], []
+
+    def stopped(module, arguments, processes, _log):
+        """Stop as soon as the weights are there; no other training may replace them."""
+        began.append((module.split(".")[-1], try_lock(tmp_path / "weights/.lock") is None))
+        if began[-1][0] == "samples":
+            raise KeyboardInterrupt
+        launch(module, arguments, processes, said.append)
+
+    monkeypatch.setattr(run, "launch", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train(job, music, tmp_path)
+    assert began[-2:] == [("result", True), ("samples", True)]
+    assert not (tmp_path / "weights/sample_tuned.wav").exists()
+    monkeypatch.undo()
     weights, text = train(job, music, tmp_path)
+    assert "Epoch" not in text  # nothing is trained again
+    assert "result" in report_of(text)
+    text = "\n".join([*said, text])
     assert "2 updates x batch 2 = 1 passes over the 4 clips of 4 songs." in text
     assert "Nothing is held out, for there are less than 5 songs." in text
     assert "The averaged weights of the last update, 2, are exported" in text
