@@ -182,8 +182,8 @@ def test_the_answer_as_json(project, user):
 def test_stopped_and_gone_on_with(project, user):
     """`kill -9`, then Ctrl-C: nothing is left running, and the same command goes on."""
     arguments = flags(epochs=8, seed=3)
-    assert stop(project, user, arguments, signal.SIGKILL, "Epoch 2 of 6 is done") == -9
-    assert stop(project, user, arguments, signal.SIGINT, "Epoch 4 of 6 is done") == 130
+    assert stop(project, user, arguments, signal.SIGKILL, "Epoch 2 of 8 is done") == -9
+    assert stop(project, user, arguments, signal.SIGINT, "Epoch 4 of 8 is done") == 130
     done = train(project, user, *arguments, TRAIN_PROCESSES="2")
     assert done.returncode == 0, done.stderr
     (update,) = re.findall(r"Going on after update (\d+) of 16\.", done.stderr)
