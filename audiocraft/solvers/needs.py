@@ -1,5 +1,6 @@
 """What a training needs on disk: the files of its version, and room for its own."""
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from audiocraft.assets.download import check_space
 from audiocraft.assets.store import PARTS, fetch, fetch_folder
+from audiocraft.errors import AssetError
 from audiocraft.models.loaders import (
     CODEC_FILE,
     LM_FILE,
@@ -98,7 +100,7 @@ def _trained(state: Mapping[str, Tensor], rank: int) -> int:
 
 
 def check_disk(job: TrainingJob, base: Base, work: Path, weights: Path, dataset: int) -> None:
-    """Refuse a job that the disk has no room for.
+    """Refuse a job that the disk has no room for, or whose result has no place.
 
     Args:
         job: what to train.
@@ -108,11 +110,18 @@ def check_disk(job: TrainingJob, base: Base, work: Path, weights: Path, dataset:
         dataset: bytes that preparing the music may write.
 
     Raises:
-        AssetError: there is not enough, with need and have.
+        AssetError: there is not enough, with need and have; or it may not be written to.
     """
     state = 2 * _FLOAT32 + OPTIMIZER_BYTES[job.optimizer]  # weight, average, optimizer
     need = base.trained * (_CHECKPOINTS * state + _EXPORTS * _FLOAT16)
     used = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
     check_space("This training", work, max(0, need - used) + dataset)
-    weights.mkdir(parents=True, exist_ok=True)
+    try:
+        weights.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=weights).close()
+    except OSError as error:
+        raise AssetError(
+            f"The result of this training cannot be written to {weights} ({error.strerror}): have "
+            "a folder there that may be written to."
+        ) from error
     check_space("The result of this training", weights, base.trained * _FLOAT16)

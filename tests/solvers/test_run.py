@@ -177,6 +177,10 @@ def test_disk_need(tmp_path):
     for wrong in ((replace(enough, trained=free // 30), 0), (enough, free)):
         with pytest.raises(AssetError, match=r"^This training needs .* GB more on the disk of "):
             check_disk(SHORT, wrong[0], tmp_path, tmp_path / "weights", wrong[1])
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file/weights"):
+        with pytest.raises(AssetError, match=rf"^The result .* cannot be written to {folder} \("):
+            check_disk(SHORT, enough, tmp_path, folder, 0)
 
 
 def find_tiny():
