@@ -37,7 +37,7 @@ class Predictor(BaseRunner):
         ),
         continuation: bool = Input(
             default=False,
-            description="Switched on, the result opens with input_audio and carries it on. Switched off, the result is new music that follows the melody of input_audio.",
+            description="Switched on, the result opens with input_audio, of which at most 30 seconds (tiny: 12) can be used, and carries it on. Switched off, the result is new music that follows the melody of input_audio.",
         ),
         continuation_start: int = Input(
             default=0,

@@ -20,7 +20,7 @@ class TrainingOutput(BaseModel):
 
 def train(
     dataset_path: Path = Input(
-        description="Your music: an archive (.zip, .tar, .tar.gz, .tgz or .gz) of recordings in any common audio format, in folders or not, or a single recording. A text file beside a recording, song.txt for song.wav, describes it. Longer recordings are cut into pieces of 30 seconds; those under 5 seconds are left out.",
+        description="Your music: an archive (.zip, .tar, .tar.gz, .tgz or .gz) of recordings in any common audio format, in folders or not, or a single recording. A text file beside a recording, song.txt for song.wav, describes it. Longer recordings are cut into pieces of 30 seconds (tiny: 12); those under 5 seconds are left out.",
     ),
     one_same_description: str | None = Input(
         default=None,
@@ -92,7 +92,7 @@ def train(
     ),
     lora_rank: int = Input(
         default=0,
-        description="0 trains the whole model. Above 0, such as 16, a small addition to it (LoRA) of that rank is trained instead: it takes far less memory, and its file is some ten megabytes instead of a gigabyte or more.",
+        description="0 trains the whole model. Above 0, such as 16, a small addition to it (LoRA) of that rank is trained instead: it takes far less memory, and its file has some tens of megabytes instead of a gigabyte or more.",
     ),
     seed: int = Input(
         default=2036,

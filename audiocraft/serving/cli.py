@@ -168,7 +168,8 @@ def _training_parser(schema: Json) -> Parser:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="check everything, say what would be done and how long it takes, and stop",
+        help="check settings, memory and what names and headers tell of the dataset, say what "
+        "would be done and how long the training itself takes, and stop",
     )
     parser.add_argument(
         "--fresh",
@@ -272,7 +273,10 @@ def _check_success(answer: Json) -> None:
         raise AudiocraftError(f"The server's work ended with status {status!r}.")
     text = str(answer.get("error") or "The server's work failed without a reason.")
     if text == "Worker crashed":
-        text = "The model's process was killed while it worked, most likely for lack of memory."
+        text = (
+            "The model's process was killed while it worked, most likely for lack of memory: take "
+            "a smaller model_version or a shorter duration."
+        )
     raise AudiocraftError(plain_message(text))
 
 

@@ -36,7 +36,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "weights", type=Path, help="file of fine-tuned weights; an adapter is merged into its base"
     )
-    parser.add_argument("folder", type=Path, help="folder to write, which must not be there yet")
+    parser.add_argument("folder", type=Path, help="folder to write; not there yet, or empty")
     parser.add_argument(
         "--version",
         choices=list(VERSIONS),

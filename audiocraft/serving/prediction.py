@@ -88,8 +88,10 @@ class PredictionRequest:
             )
         if self.top_k < 0:
             raise InputError(f"top_k is {self.top_k}, it must be 0 or more; 0 lifts the limit.")
-        if not math.isfinite(self.temperature + self.classifier_free_guidance + self.top_p):
-            raise InputError("temperature, classifier_free_guidance and top_p must be numbers.")
+        for name in ("temperature", "classifier_free_guidance", "top_p"):
+            value = getattr(self, name)
+            if not math.isfinite(value):
+                raise InputError(f"{name} is {value}, it must be a finite number.")
         if not 0 <= self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p:g}, it must be from 0 to 1.")
         if self.temperature < 0:

@@ -24,6 +24,9 @@ from typing import Any, Final
 from audiocraft.errors import TrainingError
 
 _POLL_S: Final = 0.1
+_SHORT_OF_MEMORY: Final = (
+    ", most likely for lack of memory: lora_rank=16 or a smaller model_version takes less"
+)
 _END_S: Final = 10.0
 
 
@@ -140,7 +143,7 @@ def _reason(folder: Path, status: int) -> str:
     }
     if killed:
         rank, number = min(killed.items())
-        hint = ", most likely for lack of memory" if number == signal.SIGKILL else ""
+        hint = _SHORT_OF_MEMORY if number == signal.SIGKILL else ""
         return f"Training process {rank} was killed by {_name(number)}{hint}."
     if said:
         first = min(said, key=lambda item: item["time"])

@@ -77,7 +77,7 @@ def export_release(weights: Path | str, folder: Path | str, version: str | None 
     base = tuned.base or version
     if base not in VERSIONS:
         said = "does not name its base" if base is None else f"cannot be based on {base}"
-        raise InputError(f"{path.name} {said}: give the version, one of {', '.join(VERSIONS)}.")
+        raise InputError(f"{path.name} {said}: give --version, one of {', '.join(VERSIONS)}.")
     codec = find_file(VERSIONS[base].source, CODEC_FILE)
     state, cfg = _whole(tuned, base)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Requests on the bundled model, without the server."""
 
 import logging
+import math
 import shutil
 
 import pytest
@@ -156,6 +157,11 @@ def test_progress_is_logged_with_the_time_left(service, caplog):
         ({"prompt": "x", "seed": 2**63}, "it must fit in 64 bits"),
         ({"prompt": "x", "top_p": 1.5}, "top_p is 1.5, it must be from 0 to 1."),
         ({"prompt": "x", "temperature": -0.5}, "temperature is -0.5"),
+        (
+            {"prompt": "x", "temperature": math.nan},
+            "temperature is nan, it must be a finite number.",
+        ),
+        ({"prompt": "x", "top_p": math.inf}, "top_p is inf, it must be a finite number."),
         ({"prompt": "x", "classifier_free_guidance": -1.0}, "classifier_free_guidance is -1"),
         (
             {"prompt": "x", "replicate_weights": "no/such/file"},

@@ -58,7 +58,7 @@ def test_a_single_process():
     [
         ("raise", r"^batch_size is wrong\.$"),
         ("exit", r"^Training process 0 ended with status 3\.$"),
-        ("kill", r"^Training process 0 was killed by SIGKILL, most likely for lack of memory\.$"),
+        ("kill", r"^Training process 0 was killed by SIGKILL, most likely for lack of memory: .*$"),
     ],
 )
 def test_a_single_process_that_fails(action, message):
@@ -79,7 +79,7 @@ def test_a_single_process_that_fails(action, message):
             r"^Training process 1 ended with status 3\.$",
             marks=pytest.mark.slow,
         ),
-        ("kill", r"^Training process 1 was killed by SIGKILL, most likely for lack of memory\.$"),
+        ("kill", r"^Training process 1 was killed by SIGKILL, most likely for lack of memory: .*$"),
     ],
 )
 def test_a_rank_that_fails_ends_the_job_with_its_reason(action, message):

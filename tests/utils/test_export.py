@@ -133,7 +133,7 @@ def test_what_cannot_be_exported(store, tmp_path):
         export_release(tmp_path / "b", tmp_path / "out")
     base = read_release(store / "facebook/musicgen-stereo-melody")
     torch.save(base, tmp_path / "c.bin")
-    with pytest.raises(InputError, match=r"^c\.bin does not name its base: give the version, one"):
+    with pytest.raises(InputError, match=r"^c\.bin does not name its base: give --version, one"):
         export_release(tmp_path / "c.bin", tmp_path / "out")
     other = adapter(store, "stereo-melody", 5, tmp_path / "d.safetensors", base_sha256="0" * 64)
     with pytest.raises(WeightsError, match="is an adapter for other weights of stereo-melody"):
