@@ -17,9 +17,9 @@ pipeline_tag: text-to-audio
 
 A small stereo melody MusicGen, trained from nothing by this project on music that this project
 composes and renders. It is there so that the first command makes music without a network, and so
-that tests run on a model that has learnt something. It knows {leads} instruments, {styles} styles,
-the 24 keys and {tempi} tempi from {slowest} to {fastest} bpm, and nothing else: no recordings, no
-voices, no songs. A number between two tempi is read as the one next to it.{without}
+that tests run on a model that has learnt something. It knows {leads} lead instruments, {styles}
+styles, the 24 keys and {tempi} tempi from {slowest} to {fastest} bpm, and nothing else: no
+recordings, no voices, no songs. A number between two tempi is read as the one next to it.{without}
 
 ## Parts
 
@@ -39,6 +39,7 @@ model heard {heard:.0f} hours of music (pieces several times, in other crops and
 per code with text and melody, {text:.3f} without the melody, {other_text:.3f} with another piece's
 text instead, and {nothing:.3f} with neither.
 
+    scripts/setup --render && source .venv/bin/activate
     codec=CODEC/compression_state_dict.safetensors
     python -m tools.tiny.codec --out CODEC --hours H
     python -m tools.synthetic_music.classifier --codec $codec
@@ -79,10 +80,10 @@ The music was played with FluidR3 GM, which is under the MIT license:
 """
 
 _BEGUN: Final = """
-It began from the weights of earlier runs, 5.8 hours of work on 410 hours of music as it was
-composed then: most of it with reverb and with beats that were no whole frames of the codec, 25
-hours in longer pieces with louder chords, 24 hours in any tempo, and in the end 58 hours in pieces
-of 16 s and 157 in pieces of 20 s.\
+It began from the weights of earlier runs (`--begin-from RELEASE`), 7.1 hours of work on 482 hours of
+music as it was composed then: most of it with reverb and with beats that were no whole frames of the
+codec, 25 hours in longer pieces with louder chords, 24 hours in any tempo, and in the end 58 hours in
+pieces of 16 s and 229 in pieces of 20 s.\
 """
 
 _WITHOUT: Final = """
