@@ -80,10 +80,10 @@ The music was played with FluidR3 GM, which is under the MIT license:
 """
 
 _BEGUN: Final = """
-It began from the weights of earlier runs (`--begin-from RELEASE`), 7.1 hours of work on 482 hours of
-music as it was composed then: most of it with reverb and with beats that were no whole frames of the
-codec, 25 hours in longer pieces with louder chords, 24 hours in any tempo, and in the end 58 hours in
-pieces of 16 s and 229 in pieces of 20 s.\
+It began from the weights of earlier runs (`--begin-from RELEASE`), 7.1 hours of work on 482 hours
+of music as it was composed then: most of it with reverb and with beats that were no whole frames of
+the codec, 25 hours in longer pieces with louder chords, 24 hours in any tempo, and in the end 58
+hours in pieces of 16 s and 229 in pieces of 20 s.\
 """
 
 _WITHOUT: Final = """
