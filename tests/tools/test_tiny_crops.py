@@ -47,7 +47,7 @@ def test_no_crop_has_the_last_chord_of_a_piece():
     source = replace(source, chroma=np.tile(source.chroma, (1, 2, 1))[:, :13])
     ends = [Score(p).end * round(p.beat * 50) // 480 for p in source.pieces]
     crops = Crops(source, CONTEXT, 50)
-    for update in range(1, 401):
+    for update in range(1, 201):
         for clip in crops.batch(update, 4):
             row, begin, _ = read(clip)
             latest[row] = max(begin, latest.get(row, 0))
@@ -121,13 +121,12 @@ def test_a_disturbance_is_music_of_its_style_and_near_its_tempo_in_time_at_its_e
     bars = [[tick * round(p.beat * 50) // 480 for tick in Score(p).bars] for p in pieces]
     beats = [round(piece.beat * 50) for piece in pieces]
     ends = [Score(p).end * b // 480 for p, b in zip(pieces, beats, strict=True)]
-    crops, found, pasts = Crops(source, CONTEXT, 50), set(), []
+    crops, found = Crops(source, CONTEXT, 50), set()
     for update in range(1, 401):
         for clip in crops.batch(update, 2):
             row, start, spans = read(clip)
             for begin, end in spans if len(spans) == 1 else ():
-                assert 15 <= end - begin < (150 if begin else 400)
-                pasts += [end] * (begin == 0)
+                assert 15 <= end - begin < 150
                 heard = clip.codes[:, begin:end].numpy()
                 # Codes are random, so those of a frame are nowhere else.
                 ((at, place),) = np.argwhere((source.codes == heard[None, :, :1]).all(1))
@@ -139,8 +138,6 @@ def test_a_disturbance_is_music_of_its_style_and_near_its_tempo_in_time_at_its_e
                 after = own - count * beats[row]
                 assert (other - after) % (4 * beats[at]) == count % 4 * beats[at]
     alike = {(a, b) for a in (0, 2) for b in (0, 2, 3)}
-    assert min(pasts) < 150  # all that is heard up to somewhere
-    assert max(pasts) > 350
     assert found == alike | {(3, b) for b in (0, 2, 3, 4)} | {(4, 3), (4, 4), (1, 1)}
 
 

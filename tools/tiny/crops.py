@@ -35,8 +35,6 @@ _CONTINUED: Final = 0.3  # of those that begin anywhere, as windows in longer mu
 _HEARD: Final = 100  # frames of these that tell where the beats are, and are not learnt
 _MOST: Final = 4  # disturbances of a crop
 _LENGTHS: Final = (15, 150)  # frames of one
-_PASTS: Final = 0.3  # share of crops of which all is disturbed up to somewhere
-_PAST: Final = (100, 400)  # frames of that
 
 
 class Crops:
@@ -49,9 +47,7 @@ class Crops:
     In a disturbance some other music of the same style is heard, and nothing is learnt. It has the
     same tempo or one of those next to it, and is in time with the crop's own at its end: what is
     heard tells when the next beat comes, and the description how the beats go on. So one may also
-    hide where a crop that begins anywhere has its beats. Some crops begin with a long one: music
-    that slipped from its start sounds like that, and so does all that a window in longer music
-    goes on from.
+    hide where a crop that begins anywhere has its beats.
 
     Args:
         music: encoded.
@@ -159,11 +155,9 @@ class Crops:
     def _disturbed(self, clip: Clip, row: int, start: int, random: np.random.Generator) -> Clip:
         """A clip with disturbances; its key tells where they are."""
         codes, spans = clip.codes.clone(), []
-        lengths = random.integers(*_LENGTHS, random.integers(_MOST + 1)).tolist()
-        places = [(n, int(random.integers(n, self._frames + 1))) for n in lengths]
-        if random.random() < _PASTS:
-            places.append((int(random.integers(*_PAST)),) * 2)
-        for length, end in places:
+        for _ in range(random.integers(_MOST + 1)):
+            length = int(random.integers(*_LENGTHS))
+            end = int(random.integers(length, self._frames + 1))
             source, place = self._elsewhere(row, start + end, length, random)
             heard = self._music.codes[source, :, place : place + length].astype(np.int64)
             codes[:, end - length : end] = torch.from_numpy(heard)
