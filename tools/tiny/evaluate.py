@@ -78,7 +78,7 @@ class Sizes:
     prompts: int = 96
     codec: int = 64
     melodies: int = 24
-    long: int = 8
+    long: int = 24
     tokens: int = 16
 
 
