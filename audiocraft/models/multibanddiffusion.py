@@ -172,7 +172,8 @@ class MultiBandDiffusion:
         """Audio [B, C, T] of codes [B, K, frames], equalised to the codec's.
 
         The channels of stereo codes are decoded apart, from the same noise: with noise of its own
-        each would lose what both have in common, and the middle of the image with it.
+        each gets phases of its own, and the image is as wide as that of two unrelated sounds,
+        be the diffusion trained or not (`tools.stereo_noise`).
 
         Args:
             tokens: the codes, as MusicGen returns them.
