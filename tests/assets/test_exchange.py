@@ -276,3 +276,18 @@ def test_a_signal_stops_a_stalled_download(remote, server, target):
         signal.signal(signal.SIGUSR1, before)
     assert time.monotonic() - sent[0] < 1
     assert left(target) == []
+
+
+def test_a_thread_that_the_machine_refuses_is_started_later(monkeypatch):
+    start, refused = threading.Thread.start, [RuntimeError("can't start new thread")]
+
+    def refuse_once(thread):
+        if thread.name == "audiocraft-fetch" and refused:
+            raise refused.pop()
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse_once)
+    done = threading.Event()
+    exchange.start_thread(done.set)
+    assert done.wait(30)
+    assert not refused
