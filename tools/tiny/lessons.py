@@ -100,7 +100,7 @@ def _now_or_next(frames: int, ends: NDArray[Any], values: NDArray[Any]) -> NDArr
 
 
 class _WithLoss(torch.autograd.Function):
-    """Hand values on, and have a loss take part in the backward pass."""
+    """Of `with_loss`."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, values: Tensor, loss: Tensor) -> Tensor:  # noqa: ARG004
@@ -110,6 +110,17 @@ class _WithLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG004
         (grad,) = grads
         return grad, torch.ones((), device=grad.device)
+
+
+def with_loss(values: Tensor, loss: Tensor) -> Tensor:
+    """Values as they are, through which a loss takes part in the backward pass.
+
+    Args:
+        values: that the model's loss depends on.
+        loss: of its own.
+    """
+    handed: Tensor = _WithLoss.apply(values, loss)  # type: ignore[no-untyped-call]
+    return handed
 
 
 class Lessons(nn.Module):
@@ -163,6 +174,4 @@ class Lessons(nn.Module):
             ]
             right.append((part.detach().argmax(-1) == target).float().mean(1))
         self._right.append(torch.stack(right, 1))
-        loss = self._weight * torch.stack(losses).mean()
-        handed: Tensor = _WithLoss.apply(output, loss)  # type: ignore[no-untyped-call]
-        return handed
+        return with_loss(output, self._weight * torch.stack(losses).mean())
