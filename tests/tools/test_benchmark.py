@@ -155,6 +155,14 @@ def test_where_sides_find_packages(tmp_path, monkeypatch):
     assert folders.environment("audiocraft")["PYTHONPATH"] == f"{tmp_path}:{ROOT}:/elsewhere"
 
 
+def test_peers_do_not_get_what_our_commands_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("GOMP_SPINCOUNT", "10000")  # as `audiocraft.serving` does
+    folders = Packages(tmp_path, tmp_path)
+    assert folders.environment("ours")["GOMP_SPINCOUNT"] == "10000"
+    for system in ("audiocraft", "transformers"):
+        assert "GOMP_SPINCOUNT" not in folders.environment(system)
+
+
 # Weights
 
 

@@ -42,14 +42,16 @@ class Packages:
     peers: Path
 
     def environment(self, system: str) -> dict[str, str]:
-        """Of a side's process."""
+        """Of a side's process: how long threads spin is set for ours alone, as `serving` does."""
         given = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
         others = [part for part in given if Path(part).resolve() != ROOT]
         if system == "ours":
             path = [str(ROOT), *others, *([str(self.own)] if self.own else [])]
         else:
             path = [str(self.peers), str(ROOT), *others]
-        return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"}
+        ours = set() if system == "ours" else {"GOMP_SPINCOUNT"}
+        kept = {name: value for name, value in os.environ.items() if name not in ours}
+        return {**kept, "PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"}
 
     def versions(self, systems: Sequence[str]) -> dict[str, str]:
         """Of the peers' packages, where they are."""
