@@ -54,9 +54,9 @@ class DownloadError(AssetError):
         self.status = status
 
     @classmethod
-    def of(cls, what: str, reason: str, status: int | None = None) -> Self:
-        """From what is fetched and a clause that says why it does not come."""
-        return cls(f"{what} could not be fetched: {reason}.", reason, status)
+    def of(cls, what: str, reason: str, remedy: str, status: int | None = None) -> Self:
+        """From what is fetched and clauses that say why it does not come, and what helps."""
+        return cls(f"{what} could not be fetched: {reason}; {remedy}.", reason, status)
 
 
 class UnreachableError(DownloadError):

@@ -149,7 +149,9 @@ def _persist(remote: Remote, attempt: Callable[[], _T], size: Callable[[], int])
             answered = answered or cut.answered
             if not answered:
                 raise UnreachableError.of(
-                    remote.what, f"{remote.host} cannot be reached ({cut.reason})"
+                    remote.what,
+                    f"{remote.host} cannot be reached ({cut.reason})",
+                    "check the URL and the network",
                 ) from cut
             now = size()
             failures = 0 if now >= most + _PROGRESS else failures + 1
@@ -158,7 +160,9 @@ def _persist(remote: Remote, attempt: Callable[[], _T], size: Callable[[], int])
             if failures > RETRIES or wait > _LONGEST_WAIT_S:
                 later = f", and asks to wait {wait:.0f} s" if wait > _LONGEST_WAIT_S else ""
                 raise DownloadError.of(
-                    remote.what, f"{remote.host} breaks off ({cut.reason}){later}; try again later"
+                    remote.what,
+                    f"{remote.host} breaks off ({cut.reason}){later}",
+                    "try again later",
                 ) from cut
             logger.warning(
                 "%s: %s; trying again%s.",
@@ -340,7 +344,7 @@ class _Transfer:
         """What came is wrong and not kept."""
         self._part.reset()
         raise DownloadError.of(
-            self._remote.what, f"{reason}, so what came was thrown away; try again later"
+            self._remote.what, f"{reason}, so what came was thrown away", "try again later"
         )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from http import HTTPStatus
 from typing import Final, Literal, Self
 from urllib.parse import urlsplit
 
@@ -37,7 +38,9 @@ def show_size(size: int) -> str:
 def refusal(what: str, host: str, status: int) -> DownloadError:
     """The error for a status that no other attempt mends."""
     reason = f"{host} answers {status} ({_MEANING.get(status, 'it refuses')})"
-    return DownloadError.of(what, reason, status)
+    closed = status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
+    remedy = "give a URL that may be read without a login" if closed else "check the URL"
+    return DownloadError.of(what, reason, remedy, status)
 
 
 @dataclass(frozen=True)

@@ -292,19 +292,28 @@ def _explained(remote: Remote, folder: Path, name: str | None) -> Iterator[None]
             f"{gone} {error.reason}: connect to the network and {get}, or put it there."
         ) from error
     except DownloadError as error:
-        if error.status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
+        closed = error.status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
+        if closed and remote.host == _hub():
             raise AssetError(
                 f"{gone} {remote.host} does not let it be read: the repository is private, gated "
                 "or misspelt; set HF_TOKEN to a token that may read it."
             ) from error
-        raise
+        if error.status is None:
+            raise
+        raise DownloadError(
+            f"{gone} {error.reason}: {get} later, or put it there.", error.reason, error.status
+        ) from error
+
+
+def _hub() -> str:
+    """Host of the hub."""
+    from huggingface_hub import constants
+
+    return show_url(constants.ENDPOINT).split("/")[2]
 
 
 def _missing(repo_id: str, filenames: str) -> AssetError:
-    from huggingface_hub import constants
-
-    host = show_url(constants.ENDPOINT).split("/")[2]
-    return AssetError(f"{host} has no {filenames} of {repo_id}; check the name.")
+    return AssetError(f"{_hub()} has no {filenames} of {repo_id}; check the name.")
 
 
 def _check_repo_id(repo_id: str) -> None:
@@ -315,5 +324,6 @@ def _check_repo_id(repo_id: str) -> None:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise AssetError(
-            f"{repo_id} is neither a file, a folder nor a hub id such as facebook/musicgen-small."
+            f"{repo_id} is neither a file, a folder nor a hub id such as facebook/musicgen-small; "
+            "check the name."
         ) from error

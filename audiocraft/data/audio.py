@@ -267,7 +267,9 @@ def audio_write(
         )
     wav = wav.detach().cpu().float().reshape(-1, wav.shape[-1])
     if not bool(wav.isfinite().all()):
-        raise InputError("Audio holds samples that are not numbers (NaN or infinite).")
+        raise InputError(
+            "Audio holds samples that are not numbers (NaN or infinite); give it without them."
+        )
     if sample_rate <= 0 or sample_rate != int(sample_rate):
         raise InputError(f"sample_rate is {sample_rate} Hz; give a positive whole number.")
     if format == "mp3" and (sample_rate not in _MP3_RATES or len(wav) > _STEREO):

@@ -266,7 +266,9 @@ class _Clip:
                 "(channels, samples)."
             )
         if not bool(wav.isfinite().all()):
-            raise InputError("Audio holds samples that are not numbers (NaN or infinite).")
+            raise InputError(
+                "Audio holds samples that are not numbers (NaN or infinite); give it without them."
+            )
         clip = cls(wav, sample_rate)
         if clip.seconds < _SHORTEST or float(wav.mean(0).abs().max()) < _SILENT:
             return clip

@@ -12,5 +12,7 @@ _NOT_HERE = {"AudioGen", "MAGNeT", "JASCO"}
 
 def __getattr__(name: str) -> object:
     if name in _NOT_HERE:
-        raise ImportError(f"{name} is not part of this package, which makes music with MusicGen.")
+        raise ImportError(
+            f"{name} is not part of this package, which makes music with MusicGen; import that."
+        )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

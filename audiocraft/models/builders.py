@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from audiocraft.assets.store import BUNDLED, PARTS, fetch_folder
-from audiocraft.errors import WeightsError
+from audiocraft.errors import InputError
 from audiocraft.models.encodec import (
     CompressionModel,
     EncodecModel,
@@ -62,23 +62,20 @@ def _check_settings(cfg: DictConfig, settings: dict[str, Any]) -> None:
     for key, expected in settings.items():
         value = OmegaConf.select(cfg, key, default=expected)
         if value != expected:
-            raise WeightsError(
-                f"The configuration has {key}={value}, only {expected} is supported; "
-                "take weights of a MusicGen release or of a fine-tune of one."
-            )
+            raise InputError(f"{key} is {value}, only {expected} is supported.")
 
 
 def _t5(cfg: DictConfig, dim: int, folder: Path | None) -> T5Conditioner:
     """A T5 conditioner; `folder` wins over the encoder's name, which may be a folder too."""
     if cfg.finetune or cfg.get("normalize_text", False):
-        raise WeightsError("T5 with finetune or normalize_text is not supported.")
+        raise InputError("t5.finetune or t5.normalize_text is on, only off is supported.")
     if folder is None and Path(cfg.name).is_dir():
         folder = Path(cfg.name)
     if folder is not None:
         width = json.loads((folder / "config.json").read_text())["d_model"]
         return T5Conditioner(partial(Path, folder), width, dim)
     if cfg.name not in T5_DIMS:
-        raise WeightsError(f"The text encoder {cfg.name} is not one of {', '.join(T5_DIMS)}.")
+        raise InputError(f"t5.name is {cfg.name}, it must be one of {', '.join(T5_DIMS)}.")
     source = partial(fetch_folder, f"google-t5/{cfg.name}", PARTS["t5-base"][1])
     return T5Conditioner(source, T5_DIMS[cfg.name], dim)
 
@@ -90,7 +87,7 @@ def _chroma_stem(cfg: DictConfig, dim: int, duration: float) -> ChromaStemCondit
         "mix": None,
     }
     if stems not in separators:
-        raise WeightsError(f"chroma_stem.stems is {stems}, it must be {' or '.join(separators)}.")
+        raise InputError(f"chroma_stem.stems is {stems}, it must be {' or '.join(separators)}.")
     return ChromaStemConditioner(
         dim,
         cfg.sample_rate,
@@ -125,7 +122,9 @@ def get_conditioner_provider(
                 duration = cfg.dataset.segment_duration
                 conditioners[name] = _chroma_stem(settings.chroma_stem, dim, duration)
             case other:
-                raise WeightsError(f"The condition {name} is of the unsupported kind {other}.")
+                raise InputError(
+                    f"conditioners.{name}.model is {other}, it must be t5 or chroma_stem."
+                )
     return ConditioningProvider(conditioners)
 
 
@@ -137,7 +136,7 @@ def get_lm_model(cfg: DictConfig, text_encoder: Path | None = None) -> LMModel:
         text_encoder: folder of the text encoder, instead of the name in `cfg`.
 
     Raises:
-        WeightsError: the configuration is not one of a MusicGen.
+        InputError: the configuration is not one of a MusicGen.
     """
     _check_settings(cfg, _LM_SETTINGS)
     lm = cfg.transformer_lm

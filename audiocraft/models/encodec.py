@@ -308,7 +308,10 @@ class InterleaveStereoCompressionModel(CompressionModel):
     def __init__(self, model: CompressionModel, per_timestep: bool = False) -> None:
         super().__init__()
         if model.channels != 1:
-            raise InputError("Stereo interleaving needs a mono codec.")
+            raise InputError(
+                f"Stereo is made of a mono codec, but this one has {model.channels} channels; give "
+                "a mono one."
+            )
         self.model = model
         self.per_timestep = per_timestep
         self.channels = 2

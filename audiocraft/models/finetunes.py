@@ -116,7 +116,8 @@ def read_finetune(path: Path, name: str | None = None) -> FineTune:
     )
     if tuned.base is not None and tuned.base not in VERSIONS:
         raise WeightsError(
-            f"{name} was made from {tuned.base!r}, which is none of {', '.join(VERSIONS)}."
+            f"{name} was made from {tuned.base!r}, which is none of {', '.join(VERSIONS)}; take a "
+            "fine-tune of one of these."
         )
     if tuned.lora is not None:
         _check_adapter(tuned)
@@ -167,7 +168,7 @@ def _check_text_encoders(name: str, cfg: DictConfig) -> None:
         if "t5" in conditioner and conditioner.t5.name not in T5_DIMS:
             raise WeightsError(
                 f"{name} names the text encoder {conditioner.t5.name}, it must be one of "
-                f"{', '.join(T5_DIMS)}."
+                f"{', '.join(T5_DIMS)}; take an official export or a fine-tune."
             )
 
 
@@ -175,7 +176,10 @@ def _check_limits(name: str, cfg: DictConfig) -> None:
     for key, limit in _LIMITS.items():
         value = OmegaConf.select(cfg, key)
         if value is not None and not (isinstance(value, int | float) and 0 < value <= limit):
-            raise WeightsError(f"{name} says {key}={value}, it must be above 0 and up to {limit}.")
+            raise WeightsError(
+                f"{name} says {key}={value}, it must be above 0 and up to {limit}; take an "
+                "official export or a fine-tune."
+            )
 
 
 def _read_for_hash(state: Mapping[str, Tensor]) -> Iterator[bytes]:
@@ -383,8 +387,8 @@ def _merged(weights: dict[str, Tensor], tuned: FineTune) -> Iterator[tuple[str, 
     ]
     if len(fitting) != len(names) or 2 * len(names) != len(state):
         raise WeightsError(
-            f"{tuned.checkpoint.name} is an adapter for other weights than those of {tuned.base}: "
-            f"{len(fitting)} of {len(state) // 2} fit."
+            f"{tuned.checkpoint.name} is an adapter for other weights than those of {tuned.base}, "
+            f"{len(fitting)} of {len(state) // 2} fit; train it again."
         )
     for key in names:
         yield key, merge(weights.pop(key), state[key + _A], state[key + _B], lora.scale)

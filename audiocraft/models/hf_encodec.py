@@ -34,8 +34,13 @@ _NEWER_NAMES = {
 }
 
 
-def native_state(model: EncodecModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a transformers file under the native names of `model`."""
+def native_state(
+    model: EncodecModel, state: Mapping[str, Tensor], name: str = "The codec's file"
+) -> dict[str, Tensor]:
+    """The tensors of a transformers file under the native names of `model`.
+
+    `name` is what messages call the file.
+    """
     native = {}
     for key in model.state_dict():
         older = hf_key(key)
@@ -43,7 +48,7 @@ def native_state(model: EncodecModel, state: Mapping[str, Tensor]) -> dict[str, 
         newer = f"{stem}.{_NEWER_NAMES.get(last, last)}"
         found = older if older in state else newer
         if found not in state:
-            raise WeightsError(f"The codec's file lacks {older}; fetch the codec again.")
+            raise WeightsError(f"{name} lacks {older}; fetch it again.")
         native[key] = state[found]
     return native
 

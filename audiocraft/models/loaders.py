@@ -122,7 +122,9 @@ def read_package(path: Path, name: str) -> dict[Any, Any]:
             f"{name} is not a file of MusicGen weights; take an official export or a fine-tune."
         ) from error
     if not isinstance(package, dict):
-        raise WeightsError(f"{name} is not a file of MusicGen weights.")
+        raise WeightsError(
+            f"{name} is not a file of MusicGen weights; take an official export or a fine-tune."
+        )
     return package
 
 
@@ -135,7 +137,10 @@ def _read_torch(path: Path, name: str) -> Checkpoint:
     if isinstance(state, dict) and "model" in state:
         state = state["model"]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise WeightsError(f"{name} holds no state of a model under best_state or model.")
+        raise WeightsError(
+            f"{name} holds no state of a model under best_state or model; take an official export "
+            "or a fine-tune."
+        )
     return Checkpoint(name, state, read_config(name, package.get("xp.cfg")))
 
 
@@ -229,13 +234,15 @@ def assign_state(
     if missing or unexpected:
         raise WeightsError(
             f"{name} does not fit its configuration: {len(missing)} tensors are missing "
-            f"{missing[:3]} and {len(unexpected)} unexpected {unexpected[:3]}."
+            f"{missing[:3]} and {len(unexpected)} unexpected {unexpected[:3]}; fetch or export it "
+            "again."
         )
     for key, tensor in expected.items():
         if tensor.shape != state[key].shape:
             raise WeightsError(
                 f"{name} does not fit its configuration: {key} has the shape "
-                f"{list(state[key].shape)}, {list(tensor.shape)} is expected."
+                f"{list(state[key].shape)}, {list(tensor.shape)} is expected; fetch or export it "
+                "again."
             )
     parameters = {key for key, _ in model.named_parameters()}
     converted = {
@@ -337,7 +344,7 @@ def config_in_use(name: str) -> Iterator[None]:
     try:
         yield
     except (OmegaConfBaseException, *_BAD_VALUES) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = next(iter(str(error).splitlines()), type(error).__name__).removesuffix(".")
         raise WeightsError(
             f"The xp.cfg of {name} is not one of a MusicGen ({reason}); give an official export "
             "or a fine-tune."
@@ -358,8 +365,8 @@ def _check_depth(name: str, cfg: DictConfig, state: Mapping[str, Tensor]) -> Non
         wanted = cfg.transformer_lm.get(setting)
         if not isinstance(wanted, int) or not 0 < wanted <= len(state):
             raise WeightsError(
-                f"{name} holds {len(state)} tensors, its xp.cfg says {setting}={wanted}: they do "
-                "not fit their configuration."
+                f"{name} holds {len(state)} tensors, which do not fit {setting}={wanted} of its "
+                "xp.cfg; fetch or export it again."
             )
 
 
@@ -384,7 +391,9 @@ def load_compression_model(
     if source == "debug_compression_model":
         return get_debug_compression_model(device)
     if source.startswith("dac_"):
-        raise WeightsError(f"The codec {source} is not supported; MusicGen uses EnCodec.")
+        raise WeightsError(
+            f"The codec {source} is not supported; take an EnCodec, as in facebook/encodec_32khz."
+        )
     if (Path(source) / "config.json").is_file() or re.fullmatch(_RELEASED_CODEC, source):
         return _load_hf_encodec(source, device, cache_dir)
     path = find_file(source, CODEC_FILE, cache_dir)
@@ -397,7 +406,7 @@ def load_compression_model(
         raise WeightsError(
             f"{path.name} has no xp.cfg of a codec; give an official export of an EnCodec."
         )
-    with torch.device("meta"):
+    with config_in_use(checkpoint.name), torch.device("meta"):
         model = get_compression_model(checkpoint.cfg)
     assign_state(model, checkpoint.state, device, name=checkpoint.name)
     return model.eval()
@@ -412,8 +421,9 @@ def _load_hf_encodec(
     config = json.loads((folder / "config.json").read_text())
     with torch.device("meta"):
         model = hf_encodec.build(config)
-    state, _ = read_safetensors(folder / "model.safetensors")
-    assign_state(model, hf_encodec.native_state(model, state), device)
+    name = f"model.safetensors of {source}"
+    state, _ = read_safetensors(folder / "model.safetensors", name)
+    assign_state(model, hf_encodec.native_state(model, state, name), device, name=name)
     return model.eval()
 
 

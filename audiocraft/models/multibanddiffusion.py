@@ -420,6 +420,8 @@ def _is_diffusion(path: Path, remedy: str) -> Iterator[None]:
         if isinstance(error, RuntimeError) and _is_out_of_memory(error):
             raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if isinstance(error, WeightsError):  # whose remedy is one for MusicGen's own files
+            reason = reason.rpartition("; ")[0] or reason
         raise WeightsError(
             f"{path} is not a file of MultiBand Diffusion ({reason.rstrip('.')}): {remedy}."
         ) from error

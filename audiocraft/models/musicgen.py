@@ -3,6 +3,7 @@
 Golden tests: `tiny_release`, `generate_greedy` (cases `api_*`).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -150,8 +151,11 @@ class MusicGen:
             InputError: a value is out of its range.
         """
         SamplingParams(use_sampling, temperature, top_k, top_p)
-        if int(duration * self.frame_rate) < 1:
-            raise InputError(f"duration is {duration} s, it must be at least one frame.")
+        if not 1 <= duration * self.frame_rate < math.inf:
+            raise InputError(
+                f"duration is {duration:g} s, it must be a finite number from "
+                f"{1 / self.frame_rate:g} s up."
+            )
         if extend_stride is not None:
             self._check_stride(extend_stride)
         self._extend_stride = extend_stride
@@ -176,8 +180,8 @@ class MusicGen:
     def _check_stride(self, extend_stride: float) -> None:
         if not 1 / self.frame_rate <= extend_stride < self.max_duration:
             raise InputError(
-                f"extend_stride is {extend_stride:g} s, it must be at least one frame and below "
-                f"the context of {self.max_duration:g} s."
+                f"extend_stride is {extend_stride:g} s, it must be from {1 / self.frame_rate:g} s "
+                f"up and below the context of {self.max_duration:g} s."
             )
 
     def set_custom_progress_callback(
@@ -324,7 +328,10 @@ class MusicGen:
             return torch.zeros(rows, self.lm.num_codebooks, 0, dtype=torch.long, device=self.device)
         codes, scale = self.compression_model.encode(prompt)
         if scale is not None:
-            raise InputError("Codecs with a scale cannot be continued; MusicGen's has none.")
+            raise InputError(
+                f"The codec of {self.name} has a scale, so no prompt can be continued; take a "
+                "MusicGen version, whose codec has none."
+            )
         return codes
 
     def _attributes(

@@ -99,7 +99,9 @@ def parse_environment(pairs: Sequence[str]) -> dict[str, str]:
         if not equals or not name:
             raise InputError(f"-e takes NAME=value, but {pair!r} is none.")
         if name == "PORT":
-            raise InputError("-e cannot set PORT, because the server gets a port that is free.")
+            raise InputError(
+                "-e cannot set PORT, because the server gets a port that is free; leave it out."
+            )
         environment[name] = value
     return environment
 
@@ -216,7 +218,9 @@ def _json_pairs(source: str) -> list[tuple[str, Any]]:
         try:
             text = path.read_bytes()
         except OSError as error:
-            raise InputError(f"{label} cannot be read: {error.strerror}.") from error
+            raise InputError(
+                f"{label} cannot be read ({error.strerror}); check the path."
+            ) from error
     members: list[tuple[str, Any]] = []
 
     def keep(pairs: list[tuple[str, Any]]) -> Json:
@@ -242,7 +246,10 @@ def _standard_input() -> bytes:
         reason = "it is closed"
     except OSError as error:
         reason = str(error.strerror)
-    raise InputError(f"--json - reads standard input, which is not possible: {reason}.")
+    raise InputError(
+        f"--json - reads standard input, which is not possible ({reason}); give @ and the path of "
+        "a file."
+    )
 
 
 def _refuse_constant(text: str) -> NoReturn:
@@ -263,26 +270,28 @@ def _number(text: str, kind: str) -> int | float | str:
 
 def _file(name: str, text: str, *, folders: bool = False) -> str:
     """The absolute path of a file that can be read, or of a folder."""
-    kinds = _kinds(folders=folders)
+    kinds, remedy = _kinds(folders=folders), "check the path"
     try:
         path = Path(text).expanduser().absolute()
         if not text:
-            raise InputError(f"{name} must be {kinds}, but there is no path after the @.")
+            raise InputError(f"{name} must be {kinds}, but there is no path after the @; add one.")
         if path.is_file() or (folders and path.is_dir()):
             if not os.access(path, os.R_OK):
-                raise InputError(f"{name} must be {kinds}, but {text!r} must not be read.")
+                raise InputError(
+                    f"{name} must be {kinds}, but {text!r} must not be read; check its permissions."
+                )
             return str(path)
         if path.is_dir():
             problem = f"{text!r} is a folder"
         elif path.exists():  # a pipe, such as the shell's <(...)
-            problem = f"{text!r} is none that stays on disk; save it first"
+            problem, remedy = f"{text!r} is none that stays on disk", "save it first"
         else:
             problem = f"there is no {text!r}"
     except OSError as error:  # too long, or in a folder that is closed to us
-        problem = f"{text!r} cannot be looked up: {error.strerror}"
+        problem = f"{text!r} cannot be looked up ({error.strerror})"
     except RuntimeError:  # no such user's home
         problem = f"{text!r} cannot be looked up"
-    raise InputError(f"{name} must be {kinds}, but {problem}.")
+    raise InputError(f"{name} must be {kinds}, but {problem}; {remedy}.")
 
 
 def _check_value(name: str, value: Any, prop: Json) -> list[str]:

@@ -264,18 +264,26 @@ def _describe(schema: Json) -> str:
     return "\n".join(lines)
 
 
-def _check_success(answer: Json) -> None:
-    """Raises AudiocraftError with the reason of a failure, the model's own where it has one."""
+def _check_success(answer: Json, takes_less: str) -> None:
+    """Raises AudiocraftError with the reason of a failure, the model's own where it has one.
+
+    Args:
+        answer: of the server.
+        takes_less: inputs that take less memory.
+    """
     status = answer["status"]
     if status == "succeeded":
         return
     if status != "failed":
-        raise AudiocraftError(f"The server's work ended with status {status!r}.")
-    text = str(answer.get("error") or "The server's work failed without a reason.")
+        raise AudiocraftError(f"The server's work ended with status {status!r}; try again.")
+    text = str(
+        answer.get("error")
+        or "The server's work failed without a reason; see its log above, and try again."
+    )
     if text == "Worker crashed":
         text = (
             "The model's process was killed while it worked, most likely for lack of memory: take "
-            "a smaller model_version or a shorter duration."
+            f"{takes_less}."
         )
     raise AudiocraftError(plain_message(text))
 
@@ -301,7 +309,7 @@ def _deliver(answer: Json, target: outputs.Target) -> None:
         _put(json.dumps(answer, indent=2), target)
     elif output is not None and not files:
         _put(output if isinstance(output, str) else json.dumps(output, indent=2), target)
-    _check_success(answer)
+    _check_success(answer, "a smaller model_version or a shorter duration")
 
 
 def _deliver_weights(answer: Json, target: outputs.Target) -> None:
@@ -317,14 +325,15 @@ def _deliver_weights(answer: Json, target: outputs.Target) -> None:
             try:
                 outputs.put_file(file, weights)
             except InputError as error:
-                raise InputError(f"{error} The weights are in {weights}.") from error
+                text = str(error).removesuffix(".")
+                raise InputError(f"{text}, or take the weights from {weights}.") from error
             say(f"Written output to: {file}")
             answer = answer | {"output": {"weights": str(file)}}
         elif not target.as_response:
             _put(str(weights), target)
     if target.as_response:
         _put(json.dumps(answer, indent=2), target)
-    _check_success(answer)
+    _check_success(answer, "lora_rank=16 or a smaller model_version")
 
 
 def _put(text: str, target: outputs.Target) -> None:

@@ -90,11 +90,14 @@ def find_target(
         if text and path.is_dir():
             path /= default
         elif text.endswith("/"):
-            raise InputError(f"-o: there is no folder {text!r}.")
+            raise InputError(f"-o: there is no folder {text!r}; make it, or choose another path.")
         target = Target(path, named=bool(text), as_response=as_response)
         folder = path.parent
         if not folder.is_dir():
-            raise InputError(f"-o: there is no folder {str(folder)!r} to write {path.name!r} into.")
+            raise InputError(
+                f"-o: there is no folder {str(folder)!r} to write {path.name!r} into; make it, or "
+                "choose another path."
+            )
         files = {target.file(extension) for extension in extensions}
         for file in sorted({path, *files} if target.named else files):
             if file.is_dir():
@@ -102,7 +105,9 @@ def find_target(
             if not os.access(file if file.exists() else folder, os.W_OK):
                 raise InputError(f"-o: {str(file)!r} must not be written to; choose another path.")
     except (OSError, RuntimeError) as error:  # too long, forbidden, no such user's home
-        raise InputError(f"-o: {text!r} cannot be used: {error}.") from error
+        raise InputError(
+            f"-o: {text!r} cannot be used ({_reason(error)}); choose another path."
+        ) from error
     return target
 
 
@@ -133,7 +138,9 @@ def write_files(urls: Sequence[str], target: Target, *, number: bool) -> list[Pa
         try:
             content = base64.b64decode(url[match.end() :], validate=True)
         except binascii.Error as error:
-            raise InputError(f"The content of {str(file)!r} did not arrive: {error}.") from error
+            raise InputError(
+                f"The content of {str(file)!r} did not arrive whole ({error}); try again."
+            ) from error
         write_file(file, content)
         written.append(file)
     return written
@@ -184,4 +191,11 @@ def _put(path: Path, make: Callable[[Path], object]) -> None:
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
-        raise InputError(f"{str(path)!r} cannot be written: {error}.") from error
+        raise InputError(
+            f"{str(path)!r} cannot be written ({_reason(error)}); choose another path."
+        ) from error
+
+
+def _reason(error: OSError | RuntimeError) -> str:
+    """The system's own words, without the path that they repeat."""
+    return str(getattr(error, "strerror", None) or error).removesuffix(".")

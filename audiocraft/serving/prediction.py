@@ -102,7 +102,7 @@ class PredictionRequest:
                 "more."
             )
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
-            raise InputError(f"seed is {self.seed}, it must fit in 64 bits.")
+            raise InputError(f"seed is {self.seed}, it must be from -2^63 to 2^63 - 1.")
         if self.clip_end is not None and self.continuation_start >= self.clip_end:
             raise InputError(
                 f"continuation_start is {self.continuation_start} s, it must be before "
@@ -239,7 +239,7 @@ class PredictionService:
             model, seconds = job.model, job.request.duration
             raise InputError(
                 f"{seconds} s of {model.name} do not fit the memory of {model.device}: "
-                "choose a smaller model_version, or free some of it."
+                "choose a smaller model_version or a shorter duration, or free some of it."
             ) from error
 
     def _select(
@@ -291,6 +291,11 @@ class PredictionService:
         return read_finetune(stored.path, name + shown), stored.sha256
 
     def _write(self, wav: Tensor, sample_rate: int, request: PredictionRequest) -> Path:
+        if not bool(wav.isfinite().all()):
+            raise InputError(
+                "The music came out as samples that are not numbers (NaN or infinite): take "
+                "another seed or other weights."
+            )
         self._folder = tempfile.TemporaryDirectory(prefix="musicgen-", ignore_cleanup_errors=True)
         try:
             return audio_write(

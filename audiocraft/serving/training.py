@@ -70,7 +70,9 @@ class TrainingRequest:
                     f"{name} is {getattr(self, name)!r}, it must be one of {', '.join(choices)}."
                 )
         if not 0 < self.lr < math.inf:
-            raise InputError(f"lr is {self.lr:g}, it must be above 0: leave it at 1 if in doubt.")
+            raise InputError(
+                f"lr is {self.lr:g}, it must be a finite number above 0: leave it at 1 if in doubt."
+            )
         for name, least, remedy in (
             ("epochs", 1, ""),
             ("updates_per_epoch", 0, "; 0 is once through the dataset"),
@@ -93,7 +95,7 @@ class TrainingRequest:
                 f"cfg_p is {self.cfg_p:g}, it must be from 0 to 1; 0.3 suits most music."
             )
         if not -(2**63) <= self.seed < 2**63:
-            raise InputError(f"seed is {self.seed}, it must fit in 64 bits.")
+            raise InputError(f"seed is {self.seed}, it must be from -2^63 to 2^63 - 1.")
 
     @property
     def stems(self) -> tuple[str, ...] | None:

@@ -34,7 +34,10 @@ def checked_path(path: Path, name: str) -> Path:
     try:
         resolved = path.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a null character
-        raise InputError(f"{name} is no path that can be followed ({error}).") from error
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{name} is no path that can be followed ({reason}); check the path."
+        ) from error
     own = (Path.cwd(), Path(tempfile.gettempdir()))
     if os.environ.get("ALLOW_LOCAL_FILES") == "1" or any(
         resolved.is_relative_to(folder.resolve()) for folder in own

@@ -24,9 +24,8 @@ from typing import Any, Final
 from audiocraft.errors import TrainingError
 
 _POLL_S: Final = 0.1
-_SHORT_OF_MEMORY: Final = (
-    ", most likely for lack of memory: lora_rank=16 or a smaller model_version takes less"
-)
+_TAKES_LESS: Final = "lora_rank=16 or a smaller model_version takes less"
+_GO_ON: Final = "start the training again, which goes on from its last checkpoint if there is one"
 _END_S: Final = 10.0
 
 
@@ -36,6 +35,7 @@ def launch(
     processes: int,
     log: Callable[[str], None],
     environment: Mapping[str, str] | None = None,
+    remedy: str = _GO_ON,
 ) -> None:
     """Run a module in several processes of `torch.distributed` and wait for the end of all.
 
@@ -48,6 +48,7 @@ def launch(
         processes: how many.
         log: takes each line that any of them prints, as it comes.
         environment: variables beside those of this process.
+        remedy: a clause for the message, where a process does not say itself what helps.
 
     Raises:
         TrainingError: a process failed, with its own message, or was killed.
@@ -78,7 +79,7 @@ def launch(
             if process is not None:
                 _end(process)
         if process.returncode:
-            raise TrainingError(_reason(Path(folder), process.returncode))
+            raise TrainingError(_reason(Path(folder), process.returncode, remedy))
 
 
 def _environment(processes: int, more: Mapping[str, str]) -> dict[str, str]:
@@ -132,7 +133,7 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     process.stdout.close()
 
 
-def _reason(folder: Path, status: int) -> str:
+def _reason(folder: Path, status: int, remedy: str) -> str:
     """What went wrong first, from what agent and ranks have left."""
     said = [left for path in sorted(folder.glob("rank-*.json")) if (left := _read(path))]
     ended: dict[str, int] = _read(folder / "agent.json")
@@ -143,18 +144,22 @@ def _reason(folder: Path, status: int) -> str:
     }
     if killed:
         rank, number = min(killed.items())
-        hint = _SHORT_OF_MEMORY if number == signal.SIGKILL else ""
-        return f"Training process {rank} was killed by {_name(number)}{hint}."
+        how = f"was killed by {_name(number)}"
+        if number == signal.SIGKILL:
+            how, remedy = f"{how}, most likely for lack of memory", _TAKES_LESS
+        return f"Training process {rank} {how}: {remedy}."
     if said:
         first = min(said, key=lambda item: item["time"])
         if first["is_ours"]:
             return str(first["message"])
-        return f"Training process {first['rank']} failed: {first['message']}"
+        if first["short_of_memory"]:
+            return f"Training process {first['rank']} ran out of memory: {_TAKES_LESS}."
+        return f"Training process {first['rank']} failed ({first['message']}): {remedy}."
     if failures:
         rank, code = min(failures.items())
-        return f"Training process {rank} ended with status {code}."
+        return f"Training process {rank} ended with status {code}: {remedy}."
     how = f"was killed by {_name(-status)}" if status < 0 else f"ended with status {status}"
-    return f"The launcher of the training processes {how}."
+    return f"The launcher of the training processes {how}: {remedy}."
 
 
 def _name(number: int) -> str:

@@ -346,10 +346,7 @@ class Trainer:
         loss = CodebookLoss(torch.tensor(values, dtype=torch.float64), counts)
         for what, value in {"loss": float(loss.total), "gradient norm": length}.items():
             if not math.isfinite(value):
-                raise TrainingError(
-                    f"The {what} of update {number} is {value}: give a lower lr, or begin from the "
-                    "last checkpoint."
-                )
+                raise TrainingError(f"The {what} of update {number} is {value}: give a lower lr.")
         self.optimizer.step()
         self.update = number
         self.ema.after(number)

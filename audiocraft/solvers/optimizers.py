@@ -70,7 +70,9 @@ def learning_rate(name: OptimizerName, lr: float) -> float:
     if name not in OPTIMIZERS:
         raise InputError(f"optimizer is {name!r}, it must be one of {', '.join(OPTIMIZERS)}.")
     if not 0 < lr < float("inf"):
-        raise InputError(f"lr is {lr}, it must be above 0: leave it at 1 if in doubt.")
+        raise InputError(
+            f"lr is {lr}, it must be a finite number above 0: leave it at 1 if in doubt."
+        )
     if name != "adamw":
         return lr
     if lr == _NO_RATE:

@@ -34,15 +34,25 @@ def main() -> NoReturn:
         is_ours = isinstance(error, AudiocraftError)  # a sentence that says it all
         if not is_ours:
             traceback.print_exc()
-        _leave(str(error) or type(error).__name__, is_ours=is_ours)
+        _leave(error, is_ours=is_ours)
         end(1)  # here, where the error still holds all that was in use, see `end`
     end(0)
 
 
-def _leave(message: str, *, is_ours: bool) -> None:
-    """Tell the caller what went wrong."""
-    rank = os.environ["RANK"]
-    left = {"rank": rank, "time": time.time(), "message": message, "is_ours": is_ours}
+def _leave(error: Exception, *, is_ours: bool) -> None:
+    """Tell the caller what went wrong; of an error that is not ours, the log has all of it."""
+    rank, kind, message = os.environ["RANK"], type(error).__name__, str(error)
+    if not is_ours:
+        message = next(iter(message.strip().splitlines()), kind).rstrip(".:")
+    left = {
+        "rank": rank,
+        "time": time.time(),
+        "message": message,
+        "is_ours": is_ours,
+        # By names, for importing torch takes seconds.
+        "short_of_memory": kind in {"OutOfMemoryError", "MemoryError"}
+        or "DefaultCPUAllocator" in message,
+    }
     (Path(os.environ[FOLDER]) / f"rank-{rank}.json").write_text(json.dumps(left))
 
 

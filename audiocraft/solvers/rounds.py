@@ -359,16 +359,16 @@ class _Run:
 
     def _stopped(self, error: TrainingError) -> TrainingError:
         """The error, with what is kept; the same settings would end the same way."""
-        kept = read_state(self._work)
+        text, kept = str(error).removesuffix("."), read_state(self._work)
         if kept is None:
-            return TrainingError(f"{error} There is no checkpoint yet, so nothing is lost.")
+            return TrainingError(f"{text}; nothing was saved yet.")
         said = f"the checkpoint of update {kept.update}"
         update = kept.exported if kept.best is None else kept.best
         if update is not None:
             said += (
                 f" and, as replicate_weights takes them, {weights_file(self._work, update).name}"
             )
-        return TrainingError(f"{error} Kept in {self._work}: {said}.")
+        return TrainingError(f"{text}, or use what is kept in {self._work}: {said}.")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ REPORT_FILE: Final = "report.json"
 
 _DATA, _UNPACKED = "data", "unpacked"  # beside the work folders, shared by all jobs
 _RESULT, _TIMES = "result.json", "times.json"  # in the work folder
+_BY_HAND: Final = "make one with the command below"  # a training that has ended makes no samples
 
 Log = Callable[[str], None]
 """Takes a line for the user."""
@@ -173,7 +174,7 @@ def _finish(work: Path, job: TrainingJob, place: Place, log: Log) -> Path:
             launch("audiocraft.solvers.result", [str(work)], 1, log)
         try:
             with _timed(work, "samples"):
-                launch("audiocraft.solvers.samples", [str(work)], 1, log)
+                launch("audiocraft.solvers.samples", [str(work)], 1, log, remedy=_BY_HAND)
         except TrainingError as error:
             log(f"The weights are whole, but the two samples could not be made: {error}")
         prepared, state = load_prepared(work / DATASET_FILE), read_state(work)

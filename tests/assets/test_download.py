@@ -198,10 +198,20 @@ def test_a_server_that_is_busy_for_long_is_left_alone(remote, server, target):
         download(remote(), target)
 
 
-@pytest.mark.parametrize("status", [401, 403, 404, 410, 418])
-def test_a_refusal_is_final(remote, server, target, status):
+@pytest.mark.parametrize(
+    ("status", "remedy"),
+    [
+        (401, "give a URL that may be read without a login"),
+        (403, "give a URL that may be read without a login"),
+        (404, "check the URL"),
+        (410, "check the URL"),
+        (418, "check the URL"),
+    ],
+)
+def test_a_refusal_is_final(remote, server, target, status, remedy):
     server.files["/f"] = File(errors=[(status, {})] * 2)
-    with pytest.raises(DownloadError, match=rf"127\.0\.0\.1:{server.port} answers {status}"):
+    host = rf"127\.0\.0\.1:{server.port}"
+    with pytest.raises(DownloadError, match=rf"{host} answers {status} \(.*\); {remedy}\.$"):
         download(remote(), target)
     assert len(server.log()) == 1
 

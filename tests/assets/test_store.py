@@ -16,6 +16,7 @@ from audiocraft.assets.store import (
     fetch,
     fetch_first,
     fetch_folder,
+    plain_file,
     short_name,
     store_dir,
 )
@@ -193,8 +194,20 @@ def test_what_the_hub_refuses_is_told(hub):
     for _ in range(2):
         with pytest.raises(AssetError, match=r"private, gated or misspelt; set HF_TOKEN"):
             fetch(REPO, "config.json")
-    with pytest.raises(AssetError, match=r"answers 418"):
+    with pytest.raises(AssetError, match=r"answers 418 .*: run scripts/download t5-base later, or"):
         fetch(REPO, "config.json")
+
+
+def test_a_token_is_for_the_hub_alone(hub, store, monkeypatch):
+    """Label models lie on another host, which knows no token of the hub."""
+    hub.files["/labels/a.pb"] = File(errors=[(403, {})])
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")
+    with pytest.raises(AssetError) as caught:
+        plain_file(hub.url("/labels/a.pb"), store, "tiny --train")
+    assert str(caught.value) == (
+        f"a.pb is not in {store} and 127.0.0.1:{hub.port} answers 403 (it forbids access): "
+        "run scripts/download tiny --train later, or put it there."
+    )
 
 
 # No network

@@ -146,7 +146,7 @@ def test_paths(tmp_path):
         (
             torch.tensor([0.0, math.inf]),
             {},
-            "Audio holds samples that are not numbers (NaN or infinite).",
+            "Audio holds samples that are not numbers (NaN or infinite); give it without them.",
         ),
         (
             torch.zeros(1, 9),

@@ -174,18 +174,24 @@ KEY = "transformer.layers.0.linear1.weight"
     [
         ({"metadata": {"base": None}}, "is an adapter that does not name its base"),
         ({"metadata": {"base_sha256": None}}, "is an adapter that does not name its base"),
-        ({"metadata": {"base": "/etc"}}, r"was made from '/etc', which is none of small, "),
+        (
+            {"metadata": {"base": "/etc"}},
+            r"was made from '/etc', which is none of small, .*; take a fine-tune of one",
+        ),
         ({"metadata": {"lora": "{"}}, "does not say what kind of adapter it is"),
         ({"metadata": {"lora": '{"rank": 4}'}}, "does not say what kind of adapter it is"),
         ({"metadata": {"format": "musicgen-finetune/2"}}, "is of the format musicgen-finetune/2"),
         ({"drop": [f"{KEY}.lora_b"]}, "is not a whole adapter of rank 4"),
         ({"other": torch.zeros(4, 4)}, "is not a whole adapter of rank 4"),
         ({f"{KEY}.lora_a": torch.zeros(3, 32)}, "is not a whole adapter of rank 4"),
-        ({"drop": [f"{KEY}.lora_a", f"{KEY}.lora_b"]}, "other weights than those of .*: 5 of 5"),
-        ({f"{KEY}.lora_a": torch.zeros(4, 31)}, "other weights than those of .*: 5 of 6 fit"),
+        ({"drop": [f"{KEY}.lora_a", f"{KEY}.lora_b"]}, "other weights than those of .*, 5 of 5"),
+        (
+            {f"{KEY}.lora_a": torch.zeros(4, 31)},
+            "other weights than those of .*, 5 of 6 fit; train it",
+        ),
         (
             {"metadata": {"lora": json.dumps({"rank": 4, "alpha": 4, "targets": ["norm1.bias"]})}},
-            "other weights than those of stereo-melody: 0 of 6 fit",
+            "other weights than those of stereo-melody, 0 of 6 fit; train it again",
         ),
         ({"metadata": {"base_sha256": "0" * 64}}, r"for other weights of stereo-melody \(000000"),
     ],

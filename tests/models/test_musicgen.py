@@ -1,5 +1,7 @@
 """The official package's public interface, and its tokens."""
 
+import math
+
 import pytest
 import torch
 
@@ -174,10 +176,12 @@ def test_codes_to_audio(tiny):
     [
         ({"extend_stride": 30}, "extend_stride is 30 s, .* context of 30 s"),
         ({"extend_stride": 0}, "extend_stride is 0 s"),
-        ({"extend_stride": 0.01}, "extend_stride is 0.01 s, it must be at least one frame"),
+        ({"extend_stride": 0.01}, "extend_stride is 0.01 s, it must be from 0.04 s up and below"),
         ({"temperature": -1}, "temperature"),
         ({"top_p": 2}, "top_p"),
-        ({"duration": 0}, "duration is 0 s"),
+        ({"duration": 0}, "duration is 0 s, it must be a finite number from 0.04 s up"),
+        ({"duration": math.nan}, "duration is nan s, it must be a finite number"),
+        ({"duration": math.inf}, "duration is inf s, it must be a finite number"),
     ],
 )
 def test_bad_settings_are_refused(debug, settings, message):

@@ -134,17 +134,23 @@ def test_files_become_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("continuation=1", "continuation must be true or false, not '1'."),
         ("format=aac", "format must be one of wav, mp3, not 'aac'."),
         ("numbers=a", "numbers (item 1) must be a whole number, not 'a'."),
-        ("audio=@no.wav", "audio must be a file, but there is no 'no.wav'."),
-        ("audio=@.", "audio must be a file, but '.' is a folder."),
+        ("audio=@no.wav", "audio must be a file, but there is no 'no.wav'; check the path."),
+        ("audio=@.", "audio must be a file, but '.' is a folder; check the path."),
         (
             "audio=@/dev/null",
             "audio must be a file, but '/dev/null' is none that stays on disk; save it first.",
         ),
         (
             "audio=@~nobody-of-this-name/a.wav",
-            "audio must be a file, but '~nobody-of-this-name/a.wav' cannot be looked up.",
+            (
+                "audio must be a file, but '~nobody-of-this-name/a.wav' cannot be looked up; check "
+                "the path."
+            ),
         ),
-        ('clips=["@no.wav"]', "clips (item 1) must be a file, but there is no 'no.wav'."),
+        (
+            'clips=["@no.wav"]',
+            "clips (item 1) must be a file, but there is no 'no.wav'; check the path.",
+        ),
         (
             'clips=["song.wav"]',
             "clips (item 1) must be a URL, or @ and the path of a file, as in clips=@song.wav.",
@@ -184,14 +190,16 @@ def test_required_inputs() -> None:
 
 
 def test_a_path_too_long_to_look_up() -> None:
-    with pytest.raises(InputError, match=r"^audio must be a file, but .*name too long.*\.$"):
+    with pytest.raises(
+        InputError, match=r"^audio must be a file, but .*name too long\); check the path\.$"
+    ):
         parse_inputs([f"audio=@{'a' * 5000}"], SCHEMA)
 
 
 def test_a_file_that_must_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "song.wav").touch()
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may read anything
-    with pytest.raises(InputError, match=r"^audio must be a file, but .* must not be read\.$"):
+    with pytest.raises(InputError, match=r"must not be read; check its permissions\.$"):
         parse_inputs([f"audio=@{tmp_path}/song.wav"], SCHEMA)
 
 
@@ -219,7 +227,9 @@ def test_variables_of_the_server() -> None:
     for pair, sentence in {
         "NAME": "-e takes NAME=value, but 'NAME' is none.",
         "=x": "-e takes NAME=value, but '=x' is none.",
-        "PORT=5000": "-e cannot set PORT, because the server gets a port that is free.",
+        "PORT=5000": (
+            "-e cannot set PORT, because the server gets a port that is free; leave it out."
+        ),
     }.items():
         with pytest.raises(InputError) as caught:
             parse_environment([pair])
@@ -292,12 +302,15 @@ def test_where_outputs_go(
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ("no/x", "-o: there is no folder 'no' to write 'x' into."),
-        ("no/", "-o: there is no folder 'no/'."),
+        ("no/x", "-o: there is no folder 'no' to write 'x' into; make it, or choose another path."),
+        ("no/", "-o: there is no folder 'no/'; make it, or choose another path."),
         ("take", "-o: 'take.wav' is a folder; choose another path."),
         ("take.wav", "-o: 'take.wav/output.mp3' must not be written to; choose another path."),
-        ("x" * 300, "-o: .* cannot be used: .*File name too long"),
-        ("~nobody-of-this-name/x", "-o: .* cannot be used: Could not determine home"),
+        ("x" * 300, r"-o: 'x*' cannot be used \(File name too long\); choose another path."),
+        (
+            "~nobody-of-this-name/x",
+            r"-o: .* cannot be used \(Could not determine home directory\); choose another path.",
+        ),
     ],
 )
 def test_targets_that_cannot_be_written(

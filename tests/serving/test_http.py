@@ -402,7 +402,7 @@ def test_what_is_no_weights_is_refused_by_name(served, content, sentence, tmp_pa
     [
         (
             "http://127.0.0.1:9/a.safetensors?token=secret",
-            r"replicate_weights: http://127\.0\.0\.1:9/a\.safetensors could not be fetched: .*",
+            r"replicate_weights: http://127\.0\.0\.1:9/a\.safetensors could .*; check the URL .*",
         ),
         (
             "file:///etc/passwd",

@@ -111,11 +111,11 @@ def test_from_a_file_and_from_standard_input(
         ('{"tags": "a"}', "tags must be a list, not 'a'."),
         ('{"duraton": 3}', "duraton is not an input of this model; did you mean duration?"),
         ('{"prompt": "a", "prompt": "b"}', "prompt is given more than once; give it once."),
-        ('{"prompt": "@no.txt"}', "prompt must be a file, but there is no 'no.txt'."),
-        ('{"clips": ["@."]}', "clips (item 1) must be a file, but '.' is a folder."),
+        ('{"prompt": "@no.txt"}', "prompt must be a file, but there is no 'no.txt'; "),
+        ('{"clips": ["@."]}', "clips (item 1) must be a file, but '.' is a folder; check"),
         ('{"audio": "a.wav"}', "audio must be a URL, or @ and the path of a file, as in audio=@a."),
-        ("@no.json", "--json must be a file, but there is no 'no.json'."),
-        ("@.", "--json must be a file, but '.' is a folder."),
+        ("@no.json", "--json must be a file, but there is no 'no.json'; check the path."),
+        ("@.", "--json must be a file, but '.' is a folder; check the path."),
         ("[]", "--json must be a JSON object, with the names of inputs as its keys."),
         ('[{"prompt": "a"}]', "--json must be a JSON object, with the names"),
         ("null", "--json must be a JSON object, with the names"),
@@ -156,7 +156,7 @@ def test_what_is_wrong_with_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(Path, "read_bytes", fail)
-    with pytest.raises(InputError, match=r"inputs.json' cannot be read: Input/output error\.$"):
+    with pytest.raises(InputError, match=r"cannot be read \(Input/output error\); check the path"):
         parse_json(f"@{path}", SCHEMA)
 
 
@@ -165,7 +165,7 @@ def test_what_is_wrong_with_standard_input(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(InputError, match=r"^--json: standard input is not valid JSON \("):
         parse_json("-", SCHEMA)
     monkeypatch.setattr(sys, "stdin", None)
-    with pytest.raises(InputError, match=r"^--json - reads .* not possible: it is closed\.$"):
+    with pytest.raises(InputError, match=r"^--json - reads .* not possible \(it is closed\); give"):
         parse_json("-", SCHEMA)
 
 
@@ -225,7 +225,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", fail)
-        with pytest.raises(InputError, match=r"cannot be written: .*No space left"):
+        with pytest.raises(InputError, match=r"cannot be written \(No space left .*\); choose"):
             outputs.write_files([url(b"sound", "audio/wav")], target, number=False)
     assert sorted(tmp_path.iterdir()) == [link, old]
     assert old.read_bytes() == b"old"
@@ -238,13 +238,15 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_devices_are_written_into() -> None:
     outputs.write_file(Path("/dev/null"), b"sound")
     assert Path("/dev/null").is_char_device()
-    with pytest.raises(InputError, match=r"^'/dev/full' cannot be written: .*No space left"):
+    with pytest.raises(InputError, match=r"^'/dev/full' cannot be written \(No space left"):
         outputs.write_file(Path("/dev/full"), b"sound")
 
 
 def test_content_that_did_not_arrive(tmp_path: Path) -> None:
     target = outputs.find_target(str(tmp_path / "x"))
-    with pytest.raises(InputError, match=r"^The content of .* did not arrive"):
+    with pytest.raises(
+        InputError, match=r"^The content of .* did not arrive whole \(.*\); try again\.$"
+    ):
         outputs.write_files(["data:audio/wav;base64,A"], target, number=False)
     assert list(tmp_path.iterdir()) == []
 

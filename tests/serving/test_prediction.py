@@ -154,7 +154,7 @@ def test_progress_is_logged_with_the_time_left(service, caplog):
         ({"prompt": "x", "duration": 0}, "duration is 0, it must be from 1 to 600 seconds."),
         ({"prompt": "x", "duration": 601}, "duration is 601, it must be from 1 to 600 seconds."),
         ({"prompt": "x", "top_k": -1}, "top_k is -1"),
-        ({"prompt": "x", "seed": 2**63}, "it must fit in 64 bits"),
+        ({"prompt": "x", "seed": 2**63}, "it must be from -2^63 to 2^63 - 1."),
         ({"prompt": "x", "top_p": 1.5}, "top_p is 1.5, it must be from 0 to 1."),
         ({"prompt": "x", "temperature": -0.5}, "temperature is -0.5"),
         (
@@ -219,7 +219,7 @@ def test_where_memory_runs_out_other_models_go(service, monkeypatch):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(MusicGen, "generate", never_enough)
-    with pytest.raises(InputError, match=r"^1 s of tiny do not fit the memory of cpu: choose a"):
+    with pytest.raises(InputError, match=r"^1 s of tiny do not .* cpu: .* or a shorter duration"):
         service.predict(request)
 
 
@@ -253,6 +253,18 @@ def test_where_memory_runs_out_in_the_diffusion_nothing_is_generated_again(tmp_p
     note(MultiBandDiffusion, "tokens_to_wav", 99)
     with pytest.raises(TooLargeError, match="It does not fit"):
         service.predict(request)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_music_that_is_no_numbers_is_not_sent(service, monkeypatch, value):
+    def broken(*_, **__):
+        return torch.full((1, 2, 32000), value), torch.zeros(1, 8, 50)
+
+    monkeypatch.setattr(MusicGen, "generate", broken)
+    with pytest.raises(
+        InputError, match=r"^The music came out as .*: take another seed or other w"
+    ):
+        service.predict(tiny(prompt="x", duration=1))
 
 
 def test_a_result_that_somebody_removed_is_no_error(service):

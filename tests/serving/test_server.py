@@ -447,7 +447,7 @@ def test_a_result_that_cannot_be_written(
     action = "action=import shutil; shutil.rmtree(text)"
     assert run_cli(project, "-i", action, "-i", f"text={gone}", "-o", f"{gone}/x") == 1
     error = capsys.readouterr().err
-    assert re.fullmatch(r"'.*/gone/x.json' cannot be written: .*\.", error.splitlines()[-1])
+    assert re.fullmatch(r"'.*/gone/x.json' cannot be written \(.*\); .*\.", error.splitlines()[-1])
     assert not any(map(is_alive, processes(error)))
 
 

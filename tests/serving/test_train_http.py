@@ -71,7 +71,7 @@ def refused(served, **inputs):
         ({"epochs": 0}, "epochs is 0, it must be from 1 to 1000000."),
         ({"batch_size": -3}, "batch_size is -3, it must be from 1 to 1000000."),
         ({"cfg_p": 1.5}, "cfg_p is 1.5, it must be from 0 to 1; 0.3 suits most music."),
-        ({"lr": 0}, "lr is 0, it must be above 0: leave it at 1 if in doubt."),
+        ({"lr": 0}, "lr is 0, it must be a finite number above 0: leave it at 1 if in doubt."),
         (
             {"warmup": -1.0},
             "warmup is -1, it must be from 0 to 1000000; 0 starts at the full rate.",

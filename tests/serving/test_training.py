@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 SONG = ROOT / "tests/audio/real_song.ogg"
 TINY_DIM = shape_of("tiny").dim
 VOCABULARIES = vocabularies_of(vars(metadata))
+LR_LIMIT = ", it must be a finite number above 0: leave it at 1 if in doubt."
 
 
 @pytest.fixture(autouse=True)
@@ -66,10 +67,10 @@ def refused(**inputs):
             {"lr_scheduler": ""},
             f"lr_scheduler is '', it must be one of {', '.join(SCHEDULES)}.",
         ),
-        ({"lr": 0.0}, "lr is 0, it must be above 0: leave it at 1 if in doubt."),
-        ({"lr": -1.0}, "lr is -1, it must be above 0: leave it at 1 if in doubt."),
-        ({"lr": float("inf")}, "lr is inf, it must be above 0: leave it at 1 if in doubt."),
-        ({"lr": float("nan")}, "lr is nan, it must be above 0: leave it at 1 if in doubt."),
+        ({"lr": 0.0}, f"lr is 0{LR_LIMIT}"),
+        ({"lr": -1.0}, f"lr is -1{LR_LIMIT}"),
+        ({"lr": float("inf")}, f"lr is inf{LR_LIMIT}"),
+        ({"lr": float("nan")}, f"lr is nan{LR_LIMIT}"),
         ({"epochs": 0}, "epochs is 0, it must be from 1 to 1000000."),
         ({"epochs": 10**18}, f"epochs is {10**18}, it must be from 1 to 1000000."),
         (
@@ -98,7 +99,7 @@ def refused(**inputs):
         ({"cfg_p": -0.1}, "cfg_p is -0.1, it must be from 0 to 1; 0.3 suits most music."),
         ({"cfg_p": 1.5}, "cfg_p is 1.5, it must be from 0 to 1; 0.3 suits most music."),
         ({"cfg_p": float("nan")}, "cfg_p is nan, it must be from 0 to 1; 0.3 suits most music."),
-        ({"seed": 2**63}, f"seed is {2**63}, it must fit in 64 bits."),
+        ({"seed": 2**63}, f"seed is {2**63}, it must be from -2^63 to 2^63 - 1."),
     ],
 )
 def test_an_input_outside_its_limits(inputs, sentence):
@@ -155,7 +156,10 @@ def dataset(tmp_path):
         ),
         ("empty.zip", "dataset_path: empty.zip is empty (0 bytes); make or upload it again."),
         ("x" * 300, "dataset_path: "),
-        ("a\0b", "dataset_path is no path that can be followed (embedded null byte)."),
+        (
+            "a\0b",
+            "dataset_path is no path that can be followed (embedded null byte); check the path.",
+        ),
     ],
 )
 def test_a_dataset_that_cannot_be(name, sentence, dataset):

@@ -38,6 +38,10 @@ def main() -> None:
         time.sleep(0.2)
         if action == "raise":
             raise InputError("batch_size is wrong.")
+        if action == "fail":
+            raise RuntimeError("shapes differ:\n[1] and [2]")
+        if action == "fill":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
         if action == "exit":
             sys.exit(3)
         if action == "kill":

@@ -17,6 +17,9 @@ from tests.serving.client import assert_gone, is_alive
 
 ROOT = Path(__file__).parents[2]
 JOB = "tests.solvers.job"
+KILLED = "was killed by SIGKILL, most likely for lack of memory"
+GO_ON = r": start the training again, which goes on from its last checkpoint if there is one\."
+TAKES_LESS = r": lora_rank=16 or a smaller model_version takes less\."
 
 
 def run(action, who=0, processes=2, log=lambda _line: None):
@@ -57,13 +60,23 @@ def test_a_single_process():
     ("action", "message"),
     [
         ("raise", r"^batch_size is wrong\.$"),
-        ("exit", r"^Training process 0 ended with status 3\.$"),
-        ("kill", r"^Training process 0 was killed by SIGKILL, most likely for lack of memory: .*$"),
+        ("exit", rf"^Training process 0 ended with status 3{GO_ON}$"),
+        ("fill", rf"^Training process 0 ran out of memory{TAKES_LESS}$"),
+        ("kill", rf"^Training process 0 {KILLED}{TAKES_LESS}$"),
     ],
 )
 def test_a_single_process_that_fails(action, message):
     with pytest.raises(TrainingError, match=message):
         run(action, processes=1)
+
+
+def test_the_log_has_all_of_an_error():
+    lines = []
+    with pytest.raises(
+        TrainingError, match=rf"^Training process 0 failed \(shapes differ\){GO_ON}$"
+    ):
+        run("fail", processes=1, log=lines.append)
+    assert lines[-2:] == ["RuntimeError: shapes differ:", "[1] and [2]"]
 
 
 @pytest.mark.parametrize(
@@ -76,10 +89,10 @@ def test_a_single_process_that_fails(action, message):
         ),
         pytest.param(
             "exit",
-            r"^Training process 1 ended with status 3\.$",
+            rf"^Training process 1 ended with status 3{GO_ON}$",
             marks=pytest.mark.slow,
         ),
-        ("kill", r"^Training process 1 was killed by SIGKILL, most likely for lack of memory: .*$"),
+        ("kill", rf"^Training process 1 {KILLED}{TAKES_LESS}$"),
     ],
 )
 def test_a_rank_that_fails_ends_the_job_with_its_reason(action, message):
@@ -92,7 +105,9 @@ def test_a_rank_that_fails_ends_the_job_with_its_reason(action, message):
 
 @pytest.mark.slow
 def test_a_module_that_is_not_there():
-    with pytest.raises(TrainingError, match=r"failed: No module named tests\.solvers\.nothing"):
+    with pytest.raises(
+        TrainingError, match=r"failed \(No module named tests\.solvers\.nothing\): start the"
+    ):
         launch("tests.solvers.nothing", [], 1, lambda _: None)
 
 
@@ -179,7 +194,7 @@ def test_whoever_is_killed_takes_the_others_along(victim, processes, moment, tmp
     rest = caller.communicate(timeout=10)[0]
     expected = {
         "rank": "was killed by SIGKILL, most likely",
-        "agent": "The launcher of the training processes was killed by SIGKILL.",
+        "agent": "The launcher of the training processes was killed by SIGKILL: start the training",
         "caller": "",
     }
     assert expected[victim] in rest

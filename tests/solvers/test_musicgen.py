@@ -136,7 +136,7 @@ def test_a_loss_that_is_no_number_stops_the_run():
     trainer = Trainer(model(), SETTINGS)
     with torch.no_grad():
         trainer.lm.out_norm.weight.fill_(float("nan"))
-    with pytest.raises(TrainingError, match=r"^The loss of update 1 is nan: give a lower lr"):
+    with pytest.raises(TrainingError, match=r"^The loss of update 1 is nan: give a lower lr\.$"):
         trainer.train(clips(), lambda _: None)
     assert trainer.update == 0
 

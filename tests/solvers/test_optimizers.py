@@ -131,7 +131,7 @@ def test_what_makes_no_sense_is_refused():
     with pytest.raises(InputError, match="'sgd', it must be one of dadam, adamw, prodigy"):
         learning_rate("sgd", 1)
     for lr in (0, -1, float("nan"), float("inf")):
-        with pytest.raises(InputError, match="must be above 0"):
+        with pytest.raises(InputError, match="must be a finite number above 0"):
             learning_rate("dadam", lr)
     model = lm(NAME).requires_grad_(requires_grad=False)
     with pytest.raises(InputError, match="No weight of the model is trainable"):

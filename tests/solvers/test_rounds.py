@@ -215,7 +215,7 @@ def test_a_loss_that_is_not_finite(tmp_path):
     with pytest.raises(TrainingError) as caught:
         run(tmp_path, measured=0, music=broken)
     assert re.fullmatch(
-        r"The loss of update \d+ is nan: .* There is no checkpoint yet, so nothing is lost\.",
+        r"The loss of update \d+ is nan: give a lower lr; nothing was saved yet\.",
         str(caught.value),
     )
     with stopped_at("Epoch 1 of 2 is done"):
@@ -223,7 +223,7 @@ def test_a_loss_that_is_not_finite(tmp_path):
     with pytest.raises(TrainingError) as caught:
         run(tmp_path, measured=0, music=broken)
     assert str(caught.value).endswith(
-        f" Kept in {tmp_path}: the checkpoint of update 20 and, as replicate_weights takes them, "
-        "weights-20.safetensors."
+        f" is nan: give a lower lr, or use what is kept in {tmp_path}: the checkpoint of update 20 "
+        "and, as replicate_weights takes them, weights-20.safetensors."
     )
     assert read_state(tmp_path).update == 20
