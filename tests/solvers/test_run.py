@@ -444,6 +444,7 @@ def test_a_dataset_without_music(tmp_path):
 
 @pytest.mark.slow
 def test_eight_processes(place, tmp_path):
+    (place / "runs/data").mkdir(parents=True, exist_ok=True)  # of the tests before, if any were
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/data").symlink_to(place / "runs/data")
     job = replace(SHORT, epochs=1, updates_per_epoch=1, batch_size=8)
