@@ -67,16 +67,35 @@ def codes_of(codebooks, frames, seed=0, rows=1):
     return torch.randint(32, (rows, codebooks, frames), generator=generator)
 
 
+@pytest.fixture
+def generated(monkeypatch):
+    """Generates a case from the noises that the official package drew."""
+
+    def generate(mbd, case):
+        noises = DATA["gen.noises"] if case == "gen" else load("mbd_tiny/noises_default")["noises"]
+        recorded = Recorded(noises.to(mbd.device))
+        monkeypatch.setattr(multibanddiffusion, "_Noise", lambda *_: recorded)
+        wav = mbd.generate(DATA["emb"], step_list=META["gen.step_list"] if case == "gen" else None)
+        assert next(recorded.noises, None) is None, "the official package draws as often"
+        return wav.cpu()
+
+    return generate
+
+
 @pytest.mark.parametrize("case", ["gen", "gen_default_steps"])
-def test_official_audio(mono, case, monkeypatch):
-    noises = DATA["gen.noises"] if case == "gen" else load("mbd_tiny/noises_default")["noises"]
-    recorded = Recorded(noises)
-    monkeypatch.setattr(multibanddiffusion, "_Noise", lambda *_: recorded)
-    steps = META["gen.step_list"] if case == "gen" else None
-    wav = mono.generate(DATA["emb"], step_list=steps)
+def test_official_audio(mono, case, generated):
     # 1e-5 of the loudest sample, which is 18.
-    torch.testing.assert_close(wav, DATA[f"{case}.out"], rtol=0, atol=1e-4)
-    assert next(recorded.noises, None) is None, "the official package draws as often"
+    torch.testing.assert_close(generated(mono, case), DATA[f"{case}.out"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ["gen", "gen_default_steps"])
+def test_official_audio_in_sixteen_bits(codec, case, generated):
+    mbd = MultiBandDiffusion(load_diffusion_models(FILE, "cuda"), copy.deepcopy(codec).cuda())
+    assert {band.model.dtype for band in mbd.DPs} == {torch.float16}
+    expected = DATA[f"{case}.out"]
+    # A CPU's float16 has an error of 8e-4 of the norm, its bfloat16 one of 6e-3.
+    assert torch.dist(generated(mbd, case), expected) < 3e-3 * expected.norm()
 
 
 def test_official_equaliser(mono):
@@ -393,3 +412,39 @@ def test_memory_of_long_clips():
     # Where none is kept the clip's length counts no more, but for the audio itself; what the
     # allocator holds back differs by some 60 MB from run to run.
     assert peak(80, 2**17, 0) < peak(20, 2**17, 0) + 150
+
+
+PEAK_OF_DECODING = """
+import sys, torch
+from omegaconf import OmegaConf
+from audiocraft.models.builders import get_compression_model
+from audiocraft.models.multibanddiffusion import MultiBandDiffusion, load_diffusion_models
+from audiocraft.modules import diffusion_schedule
+from tests.golden_data import meta
+from tests.memory import peak_mb
+path, seconds = sys.argv[1], int(sys.argv[2])
+diffusion_schedule._STRIDE = 500  # two evaluations
+codec = get_compression_model(OmegaConf.create(meta("encodec_tiny")["config"])).eval()
+mbd = MultiBandDiffusion(load_diffusion_models(path), codec)
+tokens = torch.zeros(1, codec.num_codebooks, 50 * seconds, dtype=torch.long)
+mbd.tokens_to_wav(tokens[..., :50], seed=0)
+before = peak_mb()
+mbd.tokens_to_wav(tokens, seed=0)
+print(round(peak_mb() - before), mbd.memory(50 * seconds) // 2**20)
+"""
+
+
+@pytest.mark.slow
+def test_memory_of_decoding(tmp_path):
+    """With an LSTM at the bottom, which hears all of the clip, and everything else in windows."""
+    path = tmp_path / "lstm.th"
+    write_diffusion(path, 16, bands=1, hidden=24, depth=3, growth=2, bottleneck="lstm")
+    peaks = []
+    for seconds in (40, 120):
+        arguments = [sys.executable, "-c", PEAK_OF_DECODING, path, str(seconds)]
+        said = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
+        taken, told = map(int, said.split())
+        peaks.append(taken)
+    # Activations of 80 s have 61 MB each: 5 of them were seen, and 10 to 13 in a single window.
+    assert peaks[1] - peaks[0] < 8 * 61
+    assert taken < told  # seconds that are let in do fit

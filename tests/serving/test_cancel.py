@@ -11,18 +11,23 @@ from pathlib import Path
 
 import pytest
 
+from audiocraft.assets.store import PARTS
 from tests.http_server import File, FileServer
 from tests.releases import full_finetune, stand_in
 from tests.separators import put_htdemucs
 from tests.serving.client import start, wait_until
+from tools.make_diffusion import write_diffusion
 
 ROOT = Path(__file__).parents[2]
 SONG = ROOT / "tests/audio/real_song.ogg"
+# What a phase takes, in a request that may be made as well.
+NEEDS = {"segment": {"model_version": "melody"}, "evaluation": {"multi_band_diffusion": True}}
 SLOWED = """
 import itertools, time
 from demucs.htdemucs import HTDemucs
 from audiocraft.models.lm import LMModel
 from audiocraft.modules.seanet import DecoderStream, EncoderStream, SEANetDecoder, SEANetEncoder
+from audiocraft.modules.unet_diffusion import DiffusionUnet
 
 
 def _slow(owner, name, tell, seconds):
@@ -42,6 +47,7 @@ def _advance(state, sequence):
 
 _slow(LMModel, "advance", _advance, 0.03)
 _slow(HTDemucs, "forward", lambda *_: "segment", 0.3)
+_slow(DiffusionUnet, "forward", lambda *_: "evaluation", 0.2)
 for owner, name in ((SEANetDecoder, "forward"), (DecoderStream, "push")):
     _slow(owner, name, lambda *_: "decode", 1.0)
 for owner, name in ((SEANetEncoder, "forward"), (EncoderStream, "push")):
@@ -56,6 +62,9 @@ def store(tmp_path_factory):
     stand_in(folder, "stereo-melody", 1)
     stand_in(folder, "melody", 2, stems="vocals+other")
     put_htdemucs(folder)
+    repo_id, (filename,) = PARTS["mbd"]
+    (folder / repo_id).mkdir()
+    write_diffusion(folder / repo_id / filename, 16, bands=1, hidden=4, depth=3, growth=2)
     return folder
 
 
@@ -122,7 +131,8 @@ def files(*folders):
         ),
         ("step", r"doing step \d*0\b", {"duration": 30}),
         ("decode", "doing decode", {"duration": 1}),
-        ("segment", "doing segment", {"model_version": "melody", "input_audio": str(SONG)}),
+        ("segment", "doing segment", {"input_audio": str(SONG)}),
+        ("evaluation", "doing evaluation", {"duration": 1}),
     ],
 )
 def test_cancel_in_each_phase(served, scratch, store, phase, seen, inputs):
@@ -130,28 +140,29 @@ def test_cancel_in_each_phase(served, scratch, store, phase, seen, inputs):
         song = scratch.parent / "song.ogg"
         song.write_bytes(SONG.read_bytes())
         inputs = {**inputs, "input_audio": str(song)}
-    melody = {"model_version": "melody"} if phase == "segment" else {}
-    expected = result(served, **melody)
+    needs = NEEDS.get(phase, {})
+    expected = result(served, **needs)
     before = files(scratch, store)
-    elapsed = cancelled(served, seen, {"prompt": "x", "seed": 2, **inputs})
+    elapsed = cancelled(served, seen, {"prompt": "x", "seed": 2, **needs, **inputs})
     assert elapsed < 4
     time.sleep(1)  # lines may lag
     at_end = count(served, phase)
     time.sleep(0.5)
     assert count(served, phase) == at_end  # nothing goes on behind the scenes
     assert files(scratch, store) <= before
-    assert result(served, **melody) == expected
+    assert result(served, **needs) == expected
 
 
-def test_within_sixteen_steps_and_one_segment(served, scratch):
+def test_within_sixteen_steps_one_segment_and_one_evaluation(served, scratch):
     song = scratch.parent / "song.ogg"
     song.write_bytes(SONG.read_bytes())
     for phase, limit, inputs in (
         ("step", 16, {"prompt": "x", "duration": 30}),
-        ("segment", 1, {"model_version": "melody", "input_audio": str(song)}),
+        ("segment", 1, {"prompt": "x", "input_audio": str(song)}),
+        ("evaluation", 1, {"prompt": "x", "duration": 1}),
     ):
         del served.lines[:]
-        handle = served.start_prediction(f"count-{phase}", inputs)
+        handle = served.start_prediction(f"count-{phase}", inputs | NEEDS.get(phase, {}))
         served.wait_for(f"doing {phase}", 30)
         served.cancel(handle.id)
         at_cancel = count(served, phase)

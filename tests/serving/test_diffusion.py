@@ -18,6 +18,23 @@ from tests.serving.client import start
 from tools.make_diffusion import write_diffusion
 
 ROOT = Path(__file__).parents[2]
+WINDOWED = """
+import functools
+from audiocraft.modules import tracks, unet_diffusion
+
+unet_diffusion._WINDOW = {"cpu": 2**18}
+_windows = tracks.Sweep.windows
+_tell = functools.cache(lambda count: print("windows:", count, flush=True))
+
+
+def _counted(self, frames, hop):
+    windows = list(_windows(self, frames, hop))
+    _tell(len(windows))
+    return iter(windows)
+
+
+tracks.Sweep.windows = _counted
+"""
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +53,28 @@ def diffusion_file(store):
 
 
 @pytest.fixture(scope="module")
-def served(store, tmp_path_factory):
-    environment = {
+def environment(store, tmp_path_factory):
+    return {
         "AUDIOCRAFT_CACHE_DIR": str(store),
         "ALLOW_LOCAL_FILES": "1",
         "TMPDIR": str(tmp_path_factory.getbasetemp()),
         "HF_HUB_OFFLINE": "1",
     }
+
+
+@pytest.fixture(scope="module")
+def served(environment):
     with start(ROOT, environment) as server:
+        yield server
+
+
+@pytest.fixture
+def windowed(environment, tmp_path):
+    """A server whose networks go through what `served` takes whole in windows of 8 s."""
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "predict.py").write_text((ROOT / "predict.py").read_text() + WINDOWED)
+    with start(project, environment | {"PYTHONPATH": str(ROOT)}) as server:
         yield server
 
 
@@ -67,8 +98,8 @@ def answer_of(served, **inputs):
 
 
 def heard(served, tmp_path, **inputs):
-    """Audio of a request, not levelled."""
-    answer = answer_of(served, normalization_strategy="clip", **inputs)
+    """Audio of a request, not levelled, and its log."""
+    answer = answer_of(served, **{"normalization_strategy": "clip", **inputs})
     assert answer["status"] == "succeeded", answer
     path = tmp_path / "result.wav"
     path.write_bytes(base64.b64decode(answer["output"].partition(";base64,")[2]))
@@ -126,6 +157,18 @@ def test_what_is_heard(served, song, tmp_path, inputs, channels, seconds):
         assert not torch.equal(wav[0], wav[1])
     if seconds == 2:
         assert torch.equal(heard(served, tmp_path, **inputs)[0], wav)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("diffusion")
+def test_windows_are_not_heard(served, windowed, tmp_path):
+    """At their seams neither; with an LSTM at the bottom, which hears all of the clip."""
+    # Levelled, so that a file's 16 bits are fine enough.
+    asked = {"prompt": "a song", "duration": 40, "normalization_strategy": "peak"}
+    whole, _ = heard(served, tmp_path, **asked)
+    wav, logs = heard(windowed, tmp_path, **asked)
+    assert re.findall(r"windows: (\d+)", logs) == ["5"]
+    torch.testing.assert_close(wav, whole, rtol=0, atol=1e-3 * whole.abs().max().item())
 
 
 @pytest.mark.usefixtures("diffusion")

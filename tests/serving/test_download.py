@@ -14,12 +14,16 @@ from huggingface_hub import constants
 from audiocraft.assets.store import LABEL_MODELS, PARTS, RELEASES
 from audiocraft.models.versions import VERSIONS
 from audiocraft.serving.download import main
+from audiocraft.serving.prediction import PredictionRequest, PredictionService
 from tests.http_server import FileServer, use_hub
+from tests.releases import stand_in
+from tools.make_diffusion import write_diffusion
 
 ROOT = Path(__file__).parents[2]
 POINTER = "facebook/musicgen-stereo-melody"
 T5 = {f"google-t5/t5-base/{name}" for name in PARTS["t5-base"][1]}
 ENCODEC = {f"facebook/encodec_32khz/{name}" for name in PARTS["encodec_32khz"][1]}
+DIFFUSION = f"{PARTS['mbd'][0]}/{PARTS['mbd'][1][0]}"
 SEPARATOR = {"adefossez/HTDemucs/htdemucs.yaml", "adefossez/HTDemucs/abc123.safetensors"}
 RELEASE = {f"{POINTER}/state_dict.bin", f"{POINTER}/compression_state_dict.bin"}
 LABELS = {
@@ -46,6 +50,8 @@ def repositories(tmp_path_factory):
         {"pretrained": "facebook/encodec_32khz", "exported": True},
         folder / POINTER / "compression_state_dict.bin",
     )
+    (folder / DIFFUSION).parent.mkdir()
+    write_diffusion(folder / DIFFUSION, 16, bands=1, hidden=4, depth=3, growth=2)
     return folder
 
 
@@ -129,6 +135,28 @@ def test_several_versions_and_parts_share_what_they_share(hub, fetched, capsys):
 
 def test_a_part_alone(fetched, capsys):
     assert fetched(capsys, "encodec_32khz")[2] == ENCODEC
+
+
+def test_the_diffusion(repositories, fetched, capsys, tmp_path):
+    status, said, names = fetched(capsys, "mbd")
+    assert (status, names) == (0, {DIFFUSION})
+    assert (tmp_path / "store" / DIFFUSION).read_bytes() == (repositories / DIFFUSION).read_bytes()
+    assert said.endswith("Everything is there now.\n")
+
+
+def test_a_prediction_fetches_the_diffusion_when_it_is_first_asked_for(hub, tmp_path):
+    stand_in(tmp_path / "store", "small", 1)
+    service = PredictionService()
+
+    def predict(**inputs):
+        service.predict(PredictionRequest("a song", model_version="small", duration=1, **inputs))
+        return [(request.method, request.path) for request in hub.requests]
+
+    assert predict() == []
+    path = f"/{DIFFUSION.replace('/mbd', '/resolve/main/mbd')}"
+    for _ in range(2):
+        assert predict(multi_band_diffusion=True) == [("HEAD", path), ("GET", path)]
+    assert (tmp_path / "store" / DIFFUSION).is_file()
 
 
 def test_tiny_needs_nothing(hub, fetched, capsys):

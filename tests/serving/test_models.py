@@ -1,5 +1,6 @@
 """Models in memory: the right one, within the budget, and none lost to a failed load."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from omegaconf import OmegaConf
 
 from audiocraft.assets.store import PARTS
-from audiocraft.errors import InputError, WeightsError
+from audiocraft.errors import InputError, TooLargeError, WeightsError
 from audiocraft.models import MusicGen
 from audiocraft.models.builders import get_lm_model
 from audiocraft.models.finetunes import read_finetune
@@ -181,11 +182,32 @@ def test_the_diffusion_makes_room_and_comes_again(store):
     tight.diffusion(tight.get(Selection("large")))  # `small` gives way
     assert tight.used == everything - alone
 
-    small_only = ModelCache(CPU, alone + (with_bands - alone) // 2)
+    # Long silence behind a file, which is refused before it is read.
+    os.truncate(store / repo_id / filename, 2_000_000_000)
+    small_only = ModelCache(CPU, alone + 1_000_000_000)
     expected = tokens(small_only.get(Selection("small")))
-    with pytest.raises(InputError, match=r"^multi_band_diffusion needs 0\.0 GB of memory, 0\.0 GB"):
+    with pytest.raises(InputError, match=r"^multi_band_diffusion needs 2\.0 GB of memory, 1\.0 GB"):
         small_only.diffusion(small_only.get(Selection("small")))
     assert tokens(small_only.get(Selection("small"))) == expected
+
+
+def test_a_clip_too_long_to_be_decoded_by_the_diffusion(store):
+    stand_in(store, "small", 1)
+    repo_id, (filename,) = PARTS["mbd"]
+    (store / repo_id).mkdir()
+    write_diffusion(store / repo_id / filename, 16, 2, hidden=8, depth=3, growth=2)
+    cache = ModelCache(CPU, 1_000_000_000)
+    model = cache.get(Selection("small"))
+    diffusion = cache.diffusion(model)
+    need = diffusion.memory(600 * 50)
+    cache.make_room(model, 60, melody=False, diffusion=diffusion)
+    assert need > 1_000_000_000
+    said = (
+        rf"^multi_band_diffusion needs {need / 1e9:.1f} GB of memory for 600 s of music, "
+        r"1\.0 GB are free on cpu: make duration shorter, or switch it off\.$"
+    )
+    with pytest.raises(TooLargeError, match=said):
+        cache.make_room(model, 600, melody=False, diffusion=diffusion)
 
 
 def test_a_failed_load_leaves_what_was_served(store, tmp_path):
