@@ -23,8 +23,9 @@ from audiocraft.generation.weights import collect
 from audiocraft.models import MusicGen
 from audiocraft.modules.conditioners import nullify
 from audiocraft.modules.transformer import Norm, Transformer, TransformerConfig
+from tests.generation.cells import BRANCHES, COEFS, cells, codes_of, load_cell
 from tests.golden_data import load
-from tests.models.test_lm import GREEDY, STATES, descriptions, lm, melodies
+from tests.models.test_lm import GREEDY, STATES, changed, descriptions, lm, melodies
 
 CPU = torch.device("cpu")
 slow = pytest.mark.slow
@@ -239,7 +240,7 @@ def test_golden_tokens(case):
 CELLS = [
     pytest.param(kind, guided, prompt, marks=[] if (kind, prompt) == ("mono", 2) else slow)
     for kind in STATES
-    for guided in ("guided", "unguided", "double")
+    for guided in COEFS
     for prompt in (0, 2)
     if kind == "melody" or guided != "double"
 ]
@@ -249,7 +250,7 @@ CELLS = [
 def test_codes_are_those_of_the_modules(kind, guided, prompt, monkeypatch):
     model, items = lm(STATES[kind]), items_of(kind, 1)
     known = torch.arange(16 * prompt).view(1, 16, prompt)[:, : model.num_codebooks]
-    coefs = {"guided": (3.0, None), "unguided": (1.0, None), "double": (3.0, 2.0)}[guided]
+    coefs = COEFS[guided]
 
     def generate():
         noise = RowNoise(3, 1, CPU)
@@ -264,6 +265,23 @@ def test_codes_are_those_of_the_modules(kind, guided, prompt, monkeypatch):
         )
 
     assert torch.equal(generate(), without_kernels(monkeypatch, generate))
+
+
+RELEASES = ("mono", "stereo", "melody", "stereo-melody")
+
+
+@slow
+@pytest.mark.parametrize(
+    "cell", [cell for cell in cells(*RELEASES) if cell.melody == ("melody" in cell.kind)], ids=str
+)
+def test_every_cell_with_two_windows(cell, release, interpreted, monkeypatch):
+    """The first is what a request of one window is."""
+    model = load_cell(cell, release, CPU)
+    ours = codes_of(model, cell, 0.08, 0.12)
+    assert ours.shape[-1] == 6
+    assert interpreted.kept.size.branches == BRANCHES[cell.guidance]
+    expected = without_kernels(monkeypatch, lambda: codes_of(model, cell, 0.08, 0.12))
+    assert torch.equal(ours, expected)
 
 
 @slow
@@ -324,13 +342,66 @@ def test_buffers_go_with_the_model(interpreted):
 
 
 @slow
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [("mono", "prompt"), ("mono", "text"), ("melody", "text"), ("melody", "melody")],
+)
 @torch.no_grad()
-def test_a_row_does_not_depend_on_the_rows_beside_it():
-    model, items = lm(STATES["mono"]).half(), items_of("mono", 3)
-    conditions = [*items, *nullify(items)]
+def test_a_row_does_not_depend_on_the_rows_beside_it(kind, what):
+    model, items = lm(STATES[kind]).half(), items_of(kind, 3)
     codes = torch.arange(3 * 4 * 4).view(3, 4, 4) % model.card
-    _, first = logits_of_steps(model, conditions, codes, prompt=2)
-    codes[1:] = codes[1:].flip(1)
-    _, second = logits_of_steps(model, conditions, codes, prompt=2)
+    first, second = (
+        logits_of_steps(model, [*rows, *nullify(rows)], rows_codes, prompt=2)[1]
+        for rows, rows_codes in ((items, codes), changed(items, codes, what))
+    )
     assert torch.equal(first[:, [0, 3]], second[:, [0, 3]])
     assert not torch.equal(first[:, 1], second[:, 1])
+
+
+def launches(monkeypatch, make):
+    """What each step would launch, and on which memory; nothing is computed."""
+    steps, run_step = [], step.run_step
+
+    def begin(*args):
+        steps.append([])
+        run_step(*args)
+
+    def described(value):
+        if isinstance(value, torch.Tensor):
+            return value.data_ptr(), value.dtype, value.shape, value.stride()
+        return value
+
+    def record(kernel, *args, grid, **options):
+        options = {name: described(value) for name, value in options.items()}
+        steps[-1].append((kernel.__name__, grid, [*map(described, args)], options))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "run_step", begin)
+        patch.setattr(interpreter.InterpretedFunction, "run", record)
+        make()
+    return steps
+
+
+@pytest.mark.parametrize("kind", STATES)
+@pytest.mark.parametrize("choice", [{"top_k": 9}, {"top_p": 0.5}, {"use_sampling": False}])
+def test_a_graph_of_one_step_is_one_of_all(kind, choice, interpreted, monkeypatch):
+    """What is launched depends neither on the step nor on the request, as long as that fits."""
+    model, items = lm(STATES[kind]), items_of(kind, 3)
+    prompt = torch.zeros(1, model.num_codebooks, 3, dtype=torch.long)
+
+    def generate(items, **settings):
+        noise = RowNoise(1, 1, CPU)
+        model.generate(conditions=items, noise=noise, **choice, **settings)
+
+    first = launches(monkeypatch, lambda: generate(items[1:2], max_gen_len=20))
+    kept = interpreted.kept
+    others = launches(
+        monkeypatch,
+        lambda: generate(items[:1], prompt=prompt, max_gen_len=12, cfg_coef=2.0, temp=0.5),
+    )
+    assert interpreted.kept is kept
+    assert (len(first), len(others)) == (22, 11)
+    assert all(launched == first[0] for launched in first + others)
+    kernels = [name for name, *_ in first[0]]
+    assert kernels[0] == "embed_kernel"
+    assert kernels[-1] == "sample_kernel"

@@ -17,14 +17,22 @@ from audiocraft.modules.conditioners import (
     ConditioningProvider,
 )
 from audiocraft.modules.transformer import TransformerConfig
+from tests.generation.cells import BRANCHES, COEFS, cells, codes_of, load_cell
 from tests.golden_data import load
-from tests.models.test_lm import GREEDY, STATES, descriptions, lm, melodies
+from tests.models.test_lm import (
+    CHANGES,
+    GREEDY,
+    STATES,
+    codes_beside_others,
+    descriptions,
+    lm,
+    melodies,
+)
 
 pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda")
 HALF = [torch.float16, torch.bfloat16]
-COEFS = {"guided": (3.0, None), "unguided": (1.0, None), "double": (3.0, 2.0)}
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +120,31 @@ def test_graphs_change_nothing(kind, guided, prompt, dtype, rows, process, monke
     assert torch.equal(without_graphs(monkeypatch, codes), first)
     if dtype == torch.float32:
         assert torch.equal(without_kernels(monkeypatch, codes), first)
+
+
+@pytest.mark.parametrize(
+    "cell", cells("mono", "stereo", "melody", "stereo-melody", "tiny"), ids=str
+)
+def test_graphs_change_nothing_in_any_cell(cell, release, process, monkeypatch):
+    """With two windows and with one, of the type that a GPU computes in."""
+    model, replays = load_cell(cell, release, CUDA), []
+    replay = torch.cuda.CUDAGraph.replay
+
+    def counted(graph):
+        replays.append(graph)
+        replay(graph)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
+    for seconds in (1.6, 0.8):
+        replays.clear()
+        first = codes_of(model, cell, 1.0, seconds)
+        assert first.shape[-1] == seconds * 50
+        assert len(replays) >= seconds * 50 / 2
+        assert process.kept.size.branches == BRANCHES[cell.guidance]
+        replays.clear()
+        singly = without_graphs(monkeypatch, lambda: codes_of(model, cell, 1.0, seconds))  # noqa: B023
+        assert not replays
+        assert torch.equal(singly, first)
 
 
 @pytest.mark.parametrize("kind", ["mono", "stereo", "melody"])
@@ -208,6 +241,15 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(rows):
     prompt[1:] = prompt[1:].flip(-1)
     generate(model, 40, rows, seed=3)
     second = model.generate(prompt, noise=RowNoise(7, rows, CUDA), **settings)
+    assert torch.equal(first[0], second[0])
+    assert not torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize(("kind", "what"), CHANGES)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_a_row_does_not_depend_on_what_the_others_hear(kind, what, dtype, process):
+    first, second = codes_beside_others(on_gpu(kind, dtype), kind, what)
+    assert process.kept.size.branches == 2
     assert torch.equal(first[0], second[0])
     assert not torch.equal(first[1], second[1])
 

@@ -7,12 +7,15 @@ import sys
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from audiocraft.data.audio import audio_read
 from audiocraft.data.audio_utils import convert_audio
 from audiocraft.errors import InputError
+from audiocraft.models.builders import get_compression_model
 from audiocraft.models.encodec import InterleaveStereoCompressionModel
 from audiocraft.modules import seanet
+from tests.golden_data import GOLDEN
 from tests.models.test_encodec import codec
 from tests.modules.test_streaming import draws
 from tests.project import ROOT
@@ -88,6 +91,36 @@ def test_decoded_audio_is_that_of_the_whole(case, frames, whole):
     assert audio.shape == (1, 1, frames * 640)
     whole()
     torch.testing.assert_close(audio, model.decode(codes, scale), **AUDIO)
+
+
+def published_codec(wav):
+    """The released shape; its random weights keep a signal as loud as it is."""
+    cfg = OmegaConf.load(GOLDEN / "checkpoints/encodec_32khz_native.xp_cfg.yaml")
+    torch.manual_seed(0)
+    model = get_compression_model(cfg).eval()
+    for name, weight in model.named_parameters():
+        if name.endswith("weight_g"):
+            weight.mul_(1.75)
+    latent = model.encoder(wav)
+    for codebook in model.quantizer.codebooks:
+        codebook.embed.mul_(latent.std())
+    return model
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_published_size_is_coded_as_the_whole(song, whole):
+    wav = song.reshape(1, 1, -1).repeat(1, 1, 2)[..., : 1001 * 640 - 77]
+    model = published_codec(wav[..., :32000])
+    latent, (codes, _) = model.encoder(wav), model.encode(wav)
+    audio = model.decode(codes)
+    assert audio.std() > 0.1
+    assert len(codes.unique()) > 100
+    whole()
+    torch.testing.assert_close(latent, model.encoder(wav), **AUDIO)
+    torch.testing.assert_close(audio, model.decode(codes), **AUDIO)
+    # Where two vectors are as near, rounding may choose.
+    assert (model.encode(wav)[0] == codes).float().mean() > 0.999
 
 
 class OlderCudnn:
@@ -243,12 +276,13 @@ def peak(work):
     return most[0] - before, result
 
 torch.set_num_threads(1)
-filters, seconds = int(sys.argv[1]), int(sys.argv[2])
+filters, seconds, channels = map(int, sys.argv[1:])
 quantizer = ResidualVectorQuantizer(128, 4, 2048)
 mono = EncodecModel(SEANetConfig(n_filters=filters), quantizer, 32000)
-codec = InterleaveStereoCompressionModel(mono).eval().requires_grad_(False)
-codec.decode(codec.encode(torch.randn(1, 2, 32000))[0])
-wav = torch.rand(1, 2, seconds * 32000)
+codec = mono if channels == 1 else InterleaveStereoCompressionModel(mono)
+codec = codec.eval().requires_grad_(False)
+codec.decode(codec.encode(torch.randn(1, channels, 32000))[0])
+wav = torch.rand(1, channels, seconds * 32000)
 encoding, (codes, _) = peak(lambda: codec.encode(wav))
 decoding, audio = peak(lambda: codec.decode(codes))
 assert audio.shape == wav.shape
@@ -256,9 +290,9 @@ print(json.dumps([encoding, decoding]))
 """
 
 
-def peak_mb(filters, seconds):
-    """Encoding and decoding of stereo, in a process of its own."""
-    command = [sys.executable, "-c", MEASURE, str(filters), str(seconds)]
+def peak_mb(filters, seconds, channels=2):
+    """Encoding and decoding, in a process of its own."""
+    command = [sys.executable, "-c", MEASURE, *map(str, (filters, seconds, channels))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
@@ -284,4 +318,13 @@ def test_memory_is_bounded_at_the_published_size():
     encoding, decoding = peak_mb(64, 40)
     audio = 40 * 32000 * 2 * 4 / 1e6
     assert encoding < 400
+    assert decoding < audio + 400
+
+
+@pytest.mark.slow
+def test_ten_minutes_at_the_published_size():
+    """Of mono: stereo takes twice as long, in pieces of half the length."""
+    encoding, decoding = peak_mb(64, 600, channels=1)
+    audio = 600 * 32000 * 4 / 1e6
+    assert encoding < 500
     assert decoding < audio + 400

@@ -1,9 +1,12 @@
+import copy
+
 import pytest
 import torch
 from omegaconf import OmegaConf
 
 from audiocraft.data.audio_utils import convert_audio
 from audiocraft.errors import InputError
+from audiocraft.generation.sampling import RowNoise
 from audiocraft.models.builders import get_lm_model
 from audiocraft.modules.conditioners import (
     ConditioningAttributes,
@@ -48,6 +51,52 @@ def melodies():
         item.wav["self_wav"] = WavCondition(wav[None], torch.tensor([wav.shape[-1]]), [32000])
     items[2].wav["self_wav"] = null_wav()
     return items
+
+
+CHANGES = [
+    (kind, what)
+    for kind in STATES
+    for what in ("prompt", "text", "melody")
+    if what != "melody" or kind == "melody"
+]
+"""What may be another in the rows beside one, by kind."""
+
+
+def changed(items, prompts, what):
+    """The rows, with other contents of the same length beside the first."""
+    items, prompts = copy.deepcopy(items), prompts.clone()
+    if what == "prompt":
+        prompts[1:] = prompts[1:].flip(-1)
+    elif what == "text":
+        words = items[1].text["description"].split()
+        items[1].text["description"] = " ".join(reversed(words))
+    else:
+        heard = items[1].wav["self_wav"]
+        noise = torch.randn(heard.wav.shape, generator=torch.Generator().manual_seed(0))
+        items[1].wav["self_wav"] = heard._replace(wav=noise)
+    return items, prompts
+
+
+def codes_beside_others(model, kind, what):
+    """Codes of three guided rows, and of the changed ones after a request for something else."""
+    items = melodies() if kind == "melody" else descriptions(STATES[kind])
+    prompts = torch.arange(3 * model.num_codebooks * 5).view(3, -1, 5) % model.card
+
+    def generate(items, prompts):
+        noise = RowNoise(7, 3, model.device)
+        return model.generate(
+            prompts, items, max_gen_len=20, cfg_coef=3.0, remove_prompts=True, noise=noise
+        )
+
+    others, other_prompts = changed(items, prompts, what)
+    before, after = (
+        {name: value.shape for name, (value, _) in model.encode_conditions(rows).items()}
+        for rows in (items, others)
+    )
+    assert before == after, "another length pads the first row in another way"
+    first = generate(items, prompts)
+    model.generate(conditions=items[::-1], max_gen_len=30, cfg_coef=2.0, temp=0.5)
+    return first, generate(others, other_prompts)
 
 
 @pytest.mark.parametrize("name", TEXT_MODELS)

@@ -8,6 +8,8 @@ from omegaconf import OmegaConf
 
 from audiocraft.models import MusicGen
 from audiocraft.models.builders import get_compression_model, get_lm_model
+from audiocraft.modules.conditioners import ConditioningAttributes, nullify
+from audiocraft.modules.precision import offered_precisions
 from tests.golden_data import GOLDEN
 from tests.memory import peak_mb
 
@@ -19,15 +21,47 @@ def two_cores():
     torch.set_num_threads(1)
 
 
+def small():
+    cfg = OmegaConf.load(GOLDEN / "checkpoints/small.xp_cfg.yaml")
+    cfg.conditioners.description.t5.name = str(GOLDEN / "t5_tiny")
+    torch.manual_seed(0)
+    lm = get_lm_model(cfg).eval()
+    assert sum(p.numel() for p in lm.parameters()) > 410e6
+    return lm
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("two_cores")
+@pytest.mark.skipif(
+    "bfloat16" not in offered_precisions(torch.device("cpu")), reason="this CPU has no bfloat16"
+)
+@torch.no_grad()
+def test_first_logits_in_bfloat16():
+    """Of a request without a prompt and of one with, conditioned on a text and not."""
+    lm = small()
+    items = [ConditioningAttributes({"description": "90 bpm piano in C minor"})]
+    codes = torch.randint(2048, (2, 4, 50), generator=torch.Generator().manual_seed(0))
+    codes[..., 0] = lm.special_token_id
+
+    def logits():
+        for prompt in (0, 49):
+            state = lm.start([*items, *nullify(items)], 51)
+            yield lm.advance(state, codes[..., : prompt + 1]).float()
+
+    exact = torch.stack([*logits()])
+    lm.set_precision("bfloat16")
+    ours = torch.stack([*logits()])
+    cosine = torch.nn.functional.cosine_similarity(ours, exact, dim=-1)
+    assert not torch.equal(ours, exact)
+    assert cosine.min() > 0.9999
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("two_cores")
 def test_small_makes_a_second(capsys):
-    cfg = OmegaConf.load(GOLDEN / "checkpoints/small.xp_cfg.yaml")
-    cfg.conditioners.description.t5.name = str(GOLDEN / "t5_tiny")
+    lm = small()
     codec = OmegaConf.load(GOLDEN / "checkpoints/encodec_32khz_native.xp_cfg.yaml")
-    torch.manual_seed(0)
-    lm, codec = get_lm_model(cfg).eval(), get_compression_model(codec).eval()
-    assert sum(p.numel() for p in lm.parameters()) > 410e6
+    codec = get_compression_model(codec).eval()
     model = MusicGen("small", codec, lm)
     model.set_generation_params(duration=1, seed=1)
     steps = []

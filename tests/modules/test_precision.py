@@ -5,7 +5,7 @@ from audiocraft.errors import InputError
 from audiocraft.models import MusicGen
 from audiocraft.modules.linear import int8_supported
 from audiocraft.modules.precision import int8_bytes, offered_precisions
-from tests.models.test_lm import STATES, descriptions, lm, melodies
+from tests.models.test_lm import CHANGES, STATES, codes_beside_others, descriptions, lm, melodies
 
 CPU = torch.device("cpu")
 needs_int8 = pytest.mark.skipif(not int8_supported(), reason="this CPU's torch has no int8 kernels")
@@ -58,15 +58,13 @@ def test_int8_replaces_every_projection():
     assert model.precision == "int8"
 
 
-@needs_int8
-@pytest.mark.parametrize("kind", STATES)
-def test_int8_rows_do_not_depend_on_each_other(kind):
-    model, items = lm(STATES[kind]), conditions(kind)
-    model.set_precision("int8")
-    prompts = torch.arange(3 * model.num_codebooks * 5).view(3, -1, 5) % model.card
-    first = model.generate(prompts, items, max_gen_len=20, use_sampling=False)
-    prompts[1:] = prompts[1:].flip(-1)
-    second = model.generate(prompts, items, max_gen_len=20, use_sampling=False)
+@pytest.mark.parametrize("precision", offered_precisions(CPU))
+@pytest.mark.parametrize(("kind", "what"), CHANGES)
+def test_a_row_does_not_depend_on_the_rows_beside_it(kind, what, precision):
+    """Nor on what was asked for before."""
+    model = lm(STATES[kind])
+    model.set_precision(precision)
+    first, second = codes_beside_others(model, kind, what)
     assert torch.equal(first[0], second[0])
     assert not torch.equal(first[1], second[1])
 
