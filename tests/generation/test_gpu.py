@@ -248,7 +248,8 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(rows):
 @pytest.mark.parametrize(("kind", "what"), CHANGES)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 def test_a_row_does_not_depend_on_what_the_others_hear(kind, what, dtype, process):
-    first, second = codes_beside_others(on_gpu(kind, dtype), kind, what)
+    model = on_gpu(kind, dtype)
+    first, second = codes_beside_others(model, kind, what)
     assert process.kept.size.branches == 2
     assert torch.equal(first[0], second[0])
     assert not torch.equal(first[1], second[1])
