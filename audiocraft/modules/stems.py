@@ -183,7 +183,7 @@ class StemSeparator:
             return _Segment(track, start, length, before, wav, last)
 
         for block in blocks:
-            buffer = torch.cat([buffer, block], dim=1)
+            buffer = torch.cat([buffer.to(block.device), block], dim=1)
             # Not the last ones, which may end earlier, and then reach back farther.
             while start + filled + self._length <= first + buffer.shape[1]:
                 yield segment(self._length)
