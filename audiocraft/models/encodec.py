@@ -49,7 +49,7 @@ def _exact() -> "Iterator[None]":
         return
     cudnn: Any = torch.backends.cudnn
     exact: list[tuple[Any, str, bool | str]] = [(cudnn, "deterministic", True)]
-    if hasattr(cudnn, "rnn"):
+    if hasattr(cudnn, "conv"):
         exact += [(part, "fp32_precision", "ieee") for part in (cudnn.conv, cudnn.rnn)]
     else:  # torch below 2.9
         exact.append((cudnn, "allow_tf32", False))

@@ -127,8 +127,10 @@ class OlderCudnn:
     """The settings as torch 2.8 has them."""
 
     def __getattr__(self, name):
-        if name in {"conv", "rnn"}:
+        if name == "conv":
             raise AttributeError(name)
+        if name == "rnn":  # a module, without settings
+            return object()
         return getattr(CUDNN, name)
 
     def __setattr__(self, name, value):
