@@ -4,14 +4,16 @@ A graph replays kernels on the memory that they were recorded with, so buffers a
 one request to the next. Those of the last size are kept; they go with the model's weights.
 """
 
+import gc
 import logging
 import os
 import time
 import weakref
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
+from subprocess import CalledProcessError
 from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
@@ -136,7 +138,7 @@ def fused_decoder(
         batch: rows of the result.
 
     Raises:
-        torch.OutOfMemoryError: there is no room for the cache.
+        torch.OutOfMemoryError: there is no room for the cache, the kernels or the graph.
     """
     device = model.out_norm.weight.device
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -150,9 +152,14 @@ def fused_decoder(
         except torch.OutOfMemoryError:
             process.kept = None
             raise
-        except Exception as error:  # noqa: BLE001 - whatever it is, the request does without
+        except Exception as error:  # whatever it is, the request does without
             process.kept = None
-            reason = process.failure = " ".join(f"{type(error).__name__}: {error}".split())
+            if "out of memory" in str(error):  # of what CUDA or Triton asks for beside torch
+                raise torch.OutOfMemoryError(str(error)) from error
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            if isinstance(error, CalledProcessError) or "C compiler" in reason:
+                reason += " Building the kernels takes gcc and the headers of Python: install both."
+            process.failure = reason
     if not process.warned:
         process.warned = True
         logger.warning(
@@ -263,8 +270,13 @@ def _make_ready(
     if graphs_wanted():
         graph = torch.cuda.CUDAGraph()
         # Of this thread alone: what others ask of the GPU meanwhile does no harm.
-        # On a stream of its device: torch has one for all, on the device that was first.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        # On a stream of its device: torch has one for all, on the device that was first. Where a
+        # recording fails, torch leaves its stream the current one.
+        with (
+            _nothing_collected(),
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+        ):
             run_step(weights, buffers, choice)
     logger.info(
         "Made the GPU ready for %d rows: kernels in %.2f s, graph in %.2f s.",
@@ -273,6 +285,19 @@ def _make_ready(
         time.perf_counter() - compiled,
     )
     return graph
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """A graph that is garbage is freed before and not meanwhile, which would end a recording."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class FusedDecoder:

@@ -74,7 +74,7 @@ def is_missing(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (fails, "RuntimeError: Failed to find C compiler. Please specify one."),
+        (fails, "one. Building the kernels takes gcc and the headers of Python: install both."),
         (is_missing, "Triton is not installed."),
     ],
 )
@@ -91,11 +91,19 @@ def test_requests_do_without_kernels_that_fail(process, monkeypatch, caplog, cha
     assert process.kept is None
 
 
-def test_requests_for_which_there_is_no_memory_fail(process, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: out of memory"),
+    ],
+)
+def test_requests_for_which_there_is_no_memory_fail(process, monkeypatch, error):
     """They would without kernels too; the next one tries again."""
 
     def prepare(*_):
-        raise torch.OutOfMemoryError
+        raise error
 
     monkeypatch.setattr(fused, "_prepare", prepare)
     with pytest.raises(torch.OutOfMemoryError):
