@@ -1,6 +1,7 @@
 """Records of benchmarks, the README's tables of them, and what a GPU has still to measure."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -124,6 +125,18 @@ def test_what_is_recorded_is_not_measured_again(tmp_path, rows, expected):
     names = [item.name for item in missing(tmp_path)]
     assert ("generate-medium-batch1-cuda" in names) == expected
     assert len(names) == len(ITEMS) - (not expected)
+
+
+def test_one_that_hangs_costs_itself_alone(tmp_path):
+    given = []
+
+    def measure(_packages, _place, deadline):
+        given.append(deadline - time.monotonic())
+        return {"rows": [ROW]}
+
+    assert not run_items([Item("first", 10, measure)], None, None, tmp_path, limit=60)
+    assert not run_items([Item("last", 10, measure)], None, None, tmp_path, limit=15)
+    assert given == [pytest.approx(20, abs=1), pytest.approx(15, abs=1)]
 
 
 def test_each_is_kept_as_it_comes(tmp_path):

@@ -166,7 +166,11 @@ def measure(
 
     found = take_turns(jobs, plan.rounds, packages, tell, deadline)
     # Before and after, since a machine's memory is not always as fast.
-    probes = [probe, probe_device(plan.device, packages, deadline)]
+    probes = [probe]
+    try:
+        probes.append(probe_device(plan.device, packages, deadline))
+    except InputError as error:  # what has been measured is kept
+        say(f"The memory's speed is that before the first side: {error}")
     bandwidth = statistics.median(one["bandwidth_gb_per_s"] for one in probes)
     shape = Shape.of(plan.version, place.shapes)
     end = shape.positions(int(plan.seconds * FRAME_RATE), TEXT_TOKENS)
