@@ -129,9 +129,12 @@ def test_it_goes_on_from_the_files_that_are_there(folder):
 
 
 @renders
-@pytest.mark.parametrize("other", [Settings("another", CONTEXT), Settings("a codec", 10)])
+@pytest.mark.parametrize(
+    "other",
+    [Settings("another", CONTEXT), Settings("a codec", 10), Settings("a codec", CONTEXT, seed=208)],
+)
 def test_music_of_another_kind_is_not_mixed_in(other, folder):
-    with pytest.raises(InputError, match="another codec, context or choice of styles"):
+    with pytest.raises(InputError, match="another codec, context, choice of styles or seed"):
         make_dataset(folder, CODEC, other, FILES, 1)
     assert load_settings(folder) == SETTINGS
 

@@ -20,7 +20,7 @@ from tools.tiny.config import Shape, lm_config
 from tools.tiny.crops import unlearnt
 from tools.tiny.lessons import QUESTIONS
 from tools.tiny.lm import evaluate
-from tools.tiny.release import check_size, finish, write_release
+from tools.tiny.release import Work, check_size, finish, work_of, write_release
 
 FRAMES = 600
 
@@ -124,6 +124,18 @@ def test_a_run_begins_from_a_release(finished, data, tmp_path):
         run_in(
             tmp_path / "other", data, shape=replace(SHAPE, dim=64), begin_from=folder / "release"
         )
+
+
+def test_a_card_counts_the_work_on_the_weights_that_a_run_began_from(finished, data, tmp_path):
+    earlier, folder = finished
+    assert work_of(folder / "release").heard_hours == 12 * 2 * CONTEXT / 3600
+    begun = run_in(tmp_path / "run", data, 3, begin_from=folder / "release")
+    assert begun.train()
+    assert work_of(begun.folder / "release").heard_hours == pytest.approx(15 * 2 * CONTEXT / 3600)
+    finish(begun.folder, {}, tmp_path / "tiny")
+    card = (tmp_path / "tiny/README.md").read_text()
+    before = earlier.work()
+    assert f"earlier runs (`--begin-from RELEASE`), {before.hours:.1f} hours of work" in card
 
 
 def test_a_run_finds_out_how_many_updates_its_hours_are(data, tmp_path, monkeypatch):
@@ -245,7 +257,7 @@ def test_a_release_takes_the_place_of_the_one_before(finished, tmp_path):
     (folder / "old").touch()
     text = run.trainer.lm.condition_provider.conditioners["description"].load()
     cfg = run.trainer.lm.cfg
-    write_release(folder, cfg, run.trainer.exported_state(), CODEC, text)
+    write_release(folder, cfg, run.trainer.exported_state(), CODEC, text, Work())
     assert sorted(path.name for path in folder.iterdir()) == [
         "compression_state_dict.safetensors",
         "state_dict.safetensors",

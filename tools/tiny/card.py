@@ -80,10 +80,8 @@ The music was played with FluidR3 GM, which is under the MIT license:
 """
 
 _BEGUN: Final = """
-It began from the weights of earlier runs (`--begin-from RELEASE`), 7.1 hours of work on 482 hours
-of music as it was composed then: most of it with reverb and with beats that were no whole frames of
-the codec, 25 hours in longer pieces with louder chords, 24 hours in any tempo, and in the end 58
-hours in pieces of 16 s and 229 in pieces of 20 s.\
+It began from the weights of earlier runs (`--begin-from RELEASE`), {hours:.1f} hours of work on
+{heard_hours:.0f} hours of music as it was composed and rendered then.\
 """
 
 _WITHOUT: Final = """
@@ -115,7 +113,7 @@ def model_card(
         fastest=max(TEMPI),
         styles=len(STYLES) - (style is not None),
         without=_WITHOUT.format(style=style) if style else "",
-        begun=_BEGUN if log["begun_from"] else "",
+        begun=_BEGUN.format(**log["earlier"]) if any(log["earlier"].values()) else "",
         excluded=f" --exclude-style {style}" if style else "",
         figures="\n".join(_table(name, part) for name, part in evaluation.items()),
         heard=log["heard_hours"],

@@ -38,7 +38,7 @@ from tools.synthetic_music.styles import STYLES
 from tools.synthetic_music.words import descriptions
 
 SEED, HELD_OUT_SEED = 207, 202
-"""Of the sets of pieces that are trained on, and that are not."""
+"""Of the sets of pieces that are trained on, if no other is given, and that are not."""
 
 TRAINED, HELD_OUT = "trained", "held-out"
 """What the names of their files begin with."""
@@ -62,11 +62,13 @@ class Settings:
         codec: SHA-256 of its file.
         context: seconds of a crop.
         exclude_style: that no piece has.
+        seed: of the pieces that are trained on.
     """
 
     codec: str
     context: float
     exclude_style: str | None = None
+    seed: int = SEED
 
 
 @dataclass(frozen=True)
@@ -241,7 +243,8 @@ def make_dataset(
     path = folder / _SETTINGS
     if path.is_file() and load_settings(folder) != settings:
         raise InputError(
-            f"{folder} has music of another codec, context or choice of styles: give another one."
+            f"{folder} has music of another codec, context, choice of styles or seed: give another "
+            "one."
         )
     path.write_text(json.dumps(asdict(settings)) + "\n")
     model = stereo_codec(codec)
@@ -270,13 +273,20 @@ def main() -> None:
     parser.add_argument("--hours", type=float, required=True, help="of music to train on")
     parser.add_argument("--context", type=float, default=12.0, help="seconds of a crop")
     parser.add_argument("--exclude-style", choices=list(STYLES), help="leave a style out")
+    parser.add_argument("--seed", type=int, default=SEED, help="another one has other pieces")
     parser.add_argument("--jobs", type=int, default=2, help="pieces made at a time")
     given = parser.parse_args()
+    if given.seed < SEED:
+        parser.error(
+            f"--seed {given.seed} may be that of pieces to measure by: give {SEED} or more."
+        )
     count = round(3600 * _HOURS / SECONDS)
     files = [(f"{HELD_OUT}-0000", HELD_OUT_SEED, _HELD_OUT_PIECES)]
-    files += [(f"{TRAINED}-{i:04}", SEED, count) for i in range(math.ceil(given.hours / _HOURS))]
+    files += [
+        (f"{TRAINED}-{i:04}", given.seed, count) for i in range(math.ceil(given.hours / _HOURS))
+    ]
     digest = hashlib.sha256(given.codec.read_bytes()).hexdigest()
-    settings = Settings(digest, given.context, given.exclude_style)
+    settings = Settings(digest, given.context, given.exclude_style, given.seed)
     torch.set_num_threads(1)  # a core for each job is 1.4 times as fast as two for each piece
     try:
         make_dataset(given.out, given.codec, settings, files, given.jobs)

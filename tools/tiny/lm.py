@@ -61,7 +61,7 @@ from tools.tiny.dataset import (
 )
 from tools.tiny.lessons import Lessons
 from tools.tiny.looks import Looks
-from tools.tiny.release import RELEASE, write_release
+from tools.tiny.release import RELEASE, Work, work_of, write_release
 from tools.tiny.text_encoder import make_text_encoder, teach_text_encoder
 
 _NICE: Final = 10
@@ -171,13 +171,14 @@ class Run:
     ) -> None:
         self.folder = folder
         self.codec = codec
-        self.begin_from = begin_from
+        self.earlier = Work() if begin_from is None else work_of(begin_from)
         self.seconds = 3600 * hours
         self.shape = shape
         settings, model = load_settings(data), stereo_codec(codec)
         music, rate = load_music(data, TRAINED), model.frame_rate
         self.crops = Crops(music, settings.context, rate)
         self.context, self.exclude_style = settings.context, settings.exclude_style
+        self._each = shape.batch_size * self.context  # seconds of an update
         held_out = load_music(data, HELD_OUT)
         crops = Crops(held_out, self.context, rate)
         self.measured = crops.measured(min(_MEASURED, len(held_out.pieces)))
@@ -317,17 +318,17 @@ class Run:
         if self.best is None or measures["loss"] < self.best:
             self.best = measures["loss"]
             self.export(self.folder / RELEASE)
-        each = self.shape.batch_size * self.context  # seconds
+        work = self.work()
         line = {
             "update": self.trainer.update,
             "updates": self.trainer.settings.updates,
-            "hours": round(self.spent() / 3600, 3),
-            "heard_hours": round(self.trainer.update * each / 3600, 2),
-            "times_real_time": round(len(recent) * each / clock, 1),
+            "hours": round(work.hours, 3),
+            "heard_hours": round(work.heard_hours, 2),
+            "times_real_time": round(len(recent) * self._each / clock, 1),
             "lr": float(f"{recent[-1].lr:.3g}"),
             "grad_norm": round(float(np.mean([update.grad_norm for update in recent])), 3),
             "exclude_style": self.exclude_style,
-            "begun_from": None if self.begin_from is None else self.begin_from.name,
+            "earlier": asdict(self.earlier),
             "trained": round(float(np.mean([float(u.loss.total) for u in recent])), 4),
             **measures,
         }
@@ -335,6 +336,10 @@ class Run:
         print(text, flush=True)
         with (self.folder / "log.jsonl").open("a") as log:
             log.write(text + "\n")
+
+    def work(self) -> Work:
+        """What this run has taken, all starts together."""
+        return Work(self.spent() / 3600, self.trainer.update * self._each / 3600)
 
     def export(self, folder: Path) -> None:
         """Write the averaged weights as a release."""
@@ -345,7 +350,8 @@ class Run:
         state = {key: v for key, v in state.items() if not key.startswith(f"{_LESSONS_NAME}.")}
         with self.trainer.ema.applied():
             text = cast("T5Conditioner", lm.condition_provider.conditioners[TEXT])
-            write_release(folder, lm.cfg, state, self.codec, text.load())
+            work = self.earlier + self.work()
+            write_release(folder, lm.cfg, state, self.codec, text.load(), work)
 
     def _save(self) -> None:
         parts = split(self.trainer.state_dict())

@@ -10,6 +10,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from audiocraft import __version__
 from audiocraft.assets.tensors import read_safetensors
 from audiocraft.errors import AudiocraftError, InputError
-from audiocraft.models.loaders import CODEC_FILE, LM_FILE, read_config
+from audiocraft.models.loaders import CODEC_FILE, LM_FILE, find_file, read_config
 from tools.tiny.card import model_card
 from tools.tiny.dataset import SECONDS
 from tools.tiny.text_encoder import save_text_encoder
@@ -36,6 +37,29 @@ MOST_BYTES_OF_A_FILE: Final = 15_000_000
 
 _CARD: Final = "README.md"
 _SUFFIX: Final = ".safetensors"
+_WORK: Final = "trained"  # in the metadata of a file of weights
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a release's weights have taken, with those that they began from.
+
+    Attributes:
+        hours: of work.
+        heard_hours: of music.
+    """
+
+    hours: float = 0.0
+    heard_hours: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.hours + other.hours, self.heard_hours + other.heard_hours)
+
+
+def work_of(release: Path) -> Work:
+    """What a release's weights have taken; nothing where it does not say."""
+    _, metadata = read_safetensors(find_file(release, LM_FILE))
+    return Work(**json.loads(metadata.get(_WORK, "{}")))
 
 
 def write_release(
@@ -44,6 +68,7 @@ def write_release(
     state: Mapping[str, Tensor],
     codec: Path,
     text_encoder: tuple[Any, Any],
+    work: Work,
 ) -> None:
     """Write a release; it appears under its name when it is whole, in the place of one before.
 
@@ -53,11 +78,13 @@ def write_release(
         state: its tensors by official names, in 16 bit.
         codec: weights file of the codec, which is copied.
         text_encoder: tokenizer and encoder.
+        work: that the tensors have taken.
     """
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     metadata = {"xp.cfg": OmegaConf.to_yaml(cfg), "version": __version__, "exported": "true"}
+    metadata[_WORK] = json.dumps(asdict(work))
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     save_file(tensors, unfinished / f"{LM_FILE}{_SUFFIX}", metadata)
     shutil.copyfile(codec, unfinished / f"{CODEC_FILE}{_SUFFIX}")
