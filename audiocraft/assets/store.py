@@ -73,9 +73,9 @@ def store_dir() -> Path:
     return project / "models" if project else Path.home() / ".cache" / "audiocraft"
 
 
-def fetch(repo_id: str, filename: str, cache_dir: str | Path | None = None) -> Path:
+def fetch(repo_id: str, filename: str) -> Path:
     """Path of a file of a hub repository; see `fetch_folder`."""
-    return fetch_folder(repo_id, [filename], cache_dir) / filename
+    return fetch_folder(repo_id, [filename]) / filename
 
 
 def fetch_folder(

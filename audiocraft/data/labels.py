@@ -211,15 +211,14 @@ def key_and_tempo(wav: Tensor, sample_rate: int) -> tuple[str | None, float | No
     return clip.key, clip.bpm
 
 
-def models_key(vocabularies: Vocabularies, folder: Path | None = None) -> str:
+def models_key(vocabularies: Vocabularies) -> str:
     """SHA-256 in hex over all that labels depend on besides the music.
 
     Args:
         vocabularies: what the heads' outputs mean.
-        folder: see `model_paths`; it has them all.
     """
     digest = hashlib.sha256(repr((asdict(vocabularies), THRESHOLDS)).encode())
-    for path in model_paths(folder).values():
+    for path in model_paths().values():
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

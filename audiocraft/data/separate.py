@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 STEMS: Final = ("drums", "bass", "other", "vocals")
 """What htdemucs separates."""
-"""Suffix of a file that is being written; what bears it without a writer is rubbish."""
 FAINT: Final = 1e-3
 """Peak, -60 dB of full scale, that is left where a stem is not there."""
 

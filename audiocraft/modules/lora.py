@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from audiocraft.errors import InputError, WeightsError
+from audiocraft.errors import InputError
 
 DEFAULT_TARGETS = ("in_proj_weight", "out_proj.weight", "linear1.weight", "linear2.weight")
 """Every matrix of the decoder's layers: attention (self and cross, in and out) and feed-forward."""
@@ -201,38 +201,6 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """`adapter_parameters` without their graph, not copied: what `save_finetune` writes."""
     return {name: parameter.detach() for name, parameter in adapter_parameters(model).items()}
-
-
-@torch.no_grad()
-def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy an `adapter_state` into the adapters of a model.
-
-    Raises:
-        WeightsError: it is of other adapters.
-    """
-    parameters = adapter_parameters(model)
-    shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    if shapes != {name: value.shape for name, value in state.items()}:
-        raise WeightsError(
-            f"The adapters in this state ({len(state)} tensors) are not those of the model "
-            f"({len(shapes)}): resume with the settings that the run began with."
-        )
-    for name, parameter in parameters.items():
-        parameter.copy_(state[name])
-
-
-def merged_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The adapted weights with their adapters in them, by official name: new tensors, no graph."""
-    with torch.no_grad():
-        return {
-            name: merge(
-                cast("Tensor", cast("Any", module).parametrizations[attribute].original),
-                adapter.lora_a,
-                adapter.lora_b,
-                adapter.scale,
-            )
-            for name, (module, attribute, adapter) in _adapted(model).items()
-        }
 
 
 def detach(model: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """How many bits the weights of a language model have while it generates."""
 
-from typing import Final, Literal, get_args
+from typing import Literal
 
 import torch
 from torch import nn
@@ -10,7 +10,6 @@ from audiocraft.modules.linear import Int8Weight, Linear, int8_supported
 from audiocraft.modules.transformer import Attention
 
 Precision = Literal["float32", "bfloat16", "float16", "int8"]
-PRECISIONS: Final[tuple[Precision, ...]] = get_args(Precision)
 
 
 def offered_precisions(device: torch.device) -> tuple[Precision, ...]:

@@ -13,15 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
 from audiocraft.errors import InputError
-from audiocraft.modules.conditioners import (
-    ConditioningAttributes,
-    WavCondition,
-    null_wav,
-    nullify,
-)
 
 Draw = Callable[[], float]
 """Gives the next number of a uniform random stream over [0, 1)."""
@@ -164,24 +157,6 @@ def draw_drops(
     )
 
 
-def drop_conditions(
-    items: Sequence[ConditioningAttributes], drops: Drops
-) -> list[ConditioningAttributes]:
-    """The batch without what it was decided that it goes without; the items stay as they are.
-
-    A text goes by being None, audio by being a single zero sample of length 0.
-    """
-    if drops.everything:
-        return nullify(items)
-    return [
-        ConditioningAttributes(
-            text={k: None if k in drops.text else v for k, v in item.text.items()},
-            wav={k: null_wav() if k in drops.wav else v for k, v in item.wav.items()},
-        )
-        for item in items
-    ]
-
-
 def drop_words(text: str | None, p: float, draw: Draw) -> str | None:
     """A text without some of its words.
 
@@ -283,26 +258,3 @@ def merge_metadata(
         return ". ".join(pairs) or None
     start = description.rstrip(".")
     return ". ".join([start, *pairs]) if pairs else f"{start}."
-
-
-def take_rows(tokenized: Mapping[str, Any], rows: slice) -> dict[str, Any]:
-    """Some rows of a batch that `ConditioningProvider.tokenize` has prepared.
-
-    Texts are padded to the longest of the batch, and padding counts (nothing masks it), so the
-    whole batch is tokenized together and then divided over processes and micro-batches.
-
-    Args:
-        tokenized: of the whole batch.
-        rows: of which to take.
-    """
-    taken: dict[str, Any] = {}
-    for name, inputs in tokenized.items():
-        if isinstance(inputs, WavCondition):
-            wav, length, rates, paths, times = inputs
-            taken[name] = WavCondition(
-                wav[rows], length[rows], rates[rows], paths[rows], times[rows]
-            )
-        else:
-            tensors: Mapping[str, Tensor] = inputs
-            taken[name] = {key: value[rows] for key, value in tensors.items()}
-    return taken

@@ -1,13 +1,73 @@
-"""Conditions are dropped in training as generation goes without them."""
+"""Conditions are dropped in training as officially, or as generation goes without them."""
 
 from dataclasses import replace
 
+import pytest
 import torch
 
+from audiocraft.models.lm import LMOutput
 from audiocraft.modules.conditioners import ConditioningAttributes
 from audiocraft.solvers.conditions import ConditionSettings, Drops, condition_settings
-from audiocraft.solvers.musicgen import Trainer
+from audiocraft.solvers.loss import codebook_loss
+from audiocraft.solvers.musicgen import Clip, Trainer
+from tests.golden_data import load, meta
+from tests.models.test_lm import LOGITS, lm
 from tests.solvers.training import SETTINGS, clips, model
+
+MELODY = "lm_tiny_melody"
+
+
+def golden_clips(data):
+    """The official batch: two descriptions and none, two melodies and none."""
+    samples = (data["wav.0"].shape[-1], data["wav.1"].shape[-1], 0)
+    return [
+        Clip(f"clip {row}", codes, codes.shape[-1], text, chroma=chroma, samples=length)
+        for row, (codes, text, chroma, length) in enumerate(
+            zip(
+                data["codes"],
+                meta(MELODY)["descriptions"],
+                data["train_cfg.chroma_raw"],
+                samples,
+                strict=True,
+            )
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("drops", "dropped"),
+    [
+        (Drops(), set()),
+        (Drops(text=frozenset({"description"})), {"description"}),
+        (Drops(wav=frozenset({"self_wav"})), {"self_wav"}),
+        (Drops(everything=True), {"description", "self_wav"}),
+    ],
+)
+def test_conditions_are_the_official_ones(drops, dropped, monkeypatch):
+    """What the trainer conditions a batch on; without a condition, what it has in its place."""
+    data, trainer, seen = load(f"{MELODY}/data"), Trainer(lm(MELODY), SETTINGS), {}
+    predict = trainer.lm.compute_predictions
+
+    def note(codes, items, conditions):
+        seen.update(conditions)
+        return predict(codes, items, conditions)
+
+    monkeypatch.setattr(trainer.lm, "compute_predictions", note)
+    trainer.evaluate(golden_clips(data), drops=drops)
+    assert list(seen) == meta(MELODY)["condition_dict_order"]
+    for name, (condition, mask) in seen.items():
+        case = "train_cfg.allnull" if name in dropped else "train_cfg"
+        torch.testing.assert_close(condition, data[f"{case}.cond.{name}"], **LOGITS)
+        assert torch.equal(mask, data[f"{case}.cond_mask.{name}"].long())
+
+
+@pytest.mark.parametrize("case", ["train_cfg", "train_cfg.allnull"])
+def test_the_loss_is_that_of_the_official_logits(case):
+    data, trainer = load(f"{MELODY}/data"), Trainer(lm(MELODY), SETTINGS)
+    loss = trainer.evaluate(golden_clips(data), drops=Drops(everything=case.endswith("allnull")))
+    golden = codebook_loss(LMOutput(data[f"{case}.logits"], data["mask"]), data["codes"])
+    assert torch.equal(loss.counts, golden.counts)
+    torch.testing.assert_close(loss.per_codebook, golden.per_codebook, rtol=0, atol=1e-4)
 
 
 def test_what_is_dropped_is_what_generation_has_in_its_place():

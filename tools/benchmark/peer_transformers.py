@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +17,6 @@ from tools.benchmark.shapes import (
     read_config,
 )
 from tools.benchmark.side import Generate, Job, OnStep
-
-_TEXT_LAYERS: Final = 12
 
 
 def load(job: Job) -> Generate:
