@@ -41,6 +41,7 @@ from audiocraft.modules.conditioners import ChromaStemConditioner, T5Conditioner
 from audiocraft.modules.precision import check_precision, int8_bytes, weight_dtype
 from audiocraft.modules.stems import StemSeparator
 from audiocraft.modules.transformer import attention_dtype
+from audiocraft.solvers.devices import host_memory
 
 logger = logging.getLogger(__name__)
 
@@ -300,7 +301,7 @@ class ModelCache:
             free, _ = torch.cuda.mem_get_info(self.device)
             allocated = torch.cuda.memory_allocated(self.device)
             return int(free + torch.cuda.memory_reserved(self.device) - allocated)
-        return available_memory()
+        return host_memory()
 
     def _give_back(self) -> None:
         gc.collect()  # modules of transformers refer to each other
@@ -309,20 +310,6 @@ class ModelCache:
         else:
             # Blocks below glibc's threshold, which grows to 32 MB, would stay with the process.
             ctypes.CDLL(None).malloc_trim(0)
-
-
-def available_memory() -> int:
-    """Bytes of memory that this process may take without swapping, its container's limit heeded."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    fields = dict(line.split(":", 1) for line in lines)
-    available = 1024 * int(fields["MemAvailable"].split()[0])
-    group = Path("/sys/fs/cgroup")
-    limit = group / "memory.max"
-    if limit.is_file() and (text := limit.read_text().strip()) != "max":
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
-        available = min(available, int(text) - used)
-    return available
 
 
 def _tensors(model: MusicGen) -> Iterator[Tensor]:

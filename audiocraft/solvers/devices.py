@@ -1,4 +1,4 @@
-"""What this machine trains on: its GPUs, its free memory, its speed.
+"""What this machine has: its GPUs, its free memory, its speed.
 
 GPUs are asked in a child process, through torch: it sees the devices that the training's processes
 will see (`CUDA_VISIBLE_DEVICES`, MIG, the order of numbers), and takes the CUDA context with it.

@@ -1,6 +1,7 @@
 """Models in memory: the right one, within the budget, and none lost to a failed load."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,12 @@ from audiocraft.models.finetunes import read_finetune
 from audiocraft.models.versions import VERSIONS
 from audiocraft.modules.linear import int8_supported
 from audiocraft.modules.precision import int8_bytes
-from audiocraft.serving.models import ModelCache, Selection, available_memory
+from audiocraft.serving import models
+from audiocraft.serving.models import ModelCache, Selection
+from audiocraft.solvers.devices import host_memory
 from tests.golden_data import GOLDEN
 from tests.releases import adapter, full_finetune, read_release, stand_in
+from tests.solvers.test_devices import MIB, V1, V2, machine
 from tools.make_diffusion import write_diffusion
 
 RELEASED = [name for name in VERSIONS if name != "tiny"]
@@ -246,9 +250,25 @@ def test_a_long_request_makes_others_give_way(store):
     assert cache.get(Selection("medium")) is model
 
 
-def test_memory_that_is_free():
-    total = int(Path("/proc/meminfo").read_text().split("MemTotal:")[1].split()[0]) * 1024
-    assert 0 < available_memory() <= total
+@pytest.mark.parametrize(
+    ("groups", "group", "limit", "used"),
+    [
+        pytest.param(V2, "job/rank", "memory.max", "memory.current", id="nested group"),
+        pytest.param(V2, "job", "memory.max", "memory.current", id="group above"),
+        pytest.param(
+            V1, "memory/job", "memory.limit_in_bytes", "memory.usage_in_bytes", id="version 1"
+        ),
+    ],
+)
+def test_a_containers_limit_is_heeded(store, tmp_path, monkeypatch, groups, group, limit, used):
+    stand_in(store, "small", 1)
+    files = {f"{group}/{limit}": 300 * MIB, f"{group}/{used}": 300 * MIB}
+    kernel = machine(tmp_path / "machine", 1000, groups, files)
+    monkeypatch.setattr(models, "host_memory", partial(host_memory, *kernel))
+    with pytest.raises(
+        InputError, match=r"^model_version small needs 0\.0 GB of memory, 0\.0 GB are free on cpu: "
+    ):
+        ModelCache(CPU).get(Selection("small"))
 
 
 @pytest.mark.gpu

@@ -155,6 +155,11 @@ def test_host_memory(tmp_path, groups, files, mib):
     assert host_memory(*machine(tmp_path, 1000, groups, files)) == mib * MIB
 
 
+def test_host_memory_of_this_machine():
+    total = int(Path("/proc/meminfo").read_text().split("MemTotal:")[1].split()[0]) * 1024
+    assert 0 < host_memory() <= total
+
+
 def test_host_memory_without_a_linux_kernel(tmp_path):
     everything = host_memory(tmp_path / "none", tmp_path / "none")
     assert everything >= host_memory() > 0
