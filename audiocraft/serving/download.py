@@ -1,9 +1,7 @@
 """The command that fetches what versions need: `scripts/download`."""
 
-import logging
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -14,6 +12,7 @@ from audiocraft.assets.parts import writing
 from audiocraft.assets.remote import Remote, show_size
 from audiocraft.errors import AudiocraftError, InputError
 from audiocraft.serving.command import Parser, run, say
+from audiocraft.serving.worker import log_to_stderr
 
 _BUNDLED: Final = "tiny"
 _SUFFIXES: Final = (".safetensors", ".bin")
@@ -37,8 +36,8 @@ def main(
     def command() -> None:
         given = _parser().parse_args(arguments)
         _check_names(given.names)
-        with _log_to_stderr():
-            _fetch(_Plan(labels_url), given.names, train=given.train)
+        log_to_stderr()
+        _fetch(_Plan(labels_url), given.names, train=given.train)
 
     return run(command, "Stopped; the same command goes on from here.")
 
@@ -239,18 +238,6 @@ class _Plan:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
-
-
-@contextmanager
-def _log_to_stderr() -> Iterator[None]:
-    """Shows the progress of downloads, without anything around it."""
-    package, handler = logging.getLogger("audiocraft"), logging.StreamHandler()
-    package.addHandler(handler)
-    package.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        package.removeHandler(handler)
 
 
 if __name__ == "__main__":

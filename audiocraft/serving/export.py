@@ -6,6 +6,7 @@ from pathlib import Path
 
 from audiocraft.models.versions import VERSIONS
 from audiocraft.serving.command import Parser, run, say
+from audiocraft.serving.worker import log_to_stderr
 from audiocraft.utils.export import export_release
 
 
@@ -21,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         given = _parser().parse_args(arguments)
+        log_to_stderr()
         folder = export_release(given.weights, given.folder, given.version)
         say(f"Written: {folder}")
 

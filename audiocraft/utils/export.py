@@ -2,7 +2,8 @@
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +37,22 @@ def export_lm(checkpoint_path: Path | str, out_file: Path | str) -> Path:
 
     Raises:
         WeightsError: the checkpoint has no configuration or no state.
+        InputError: the file cannot be written.
     """
-    return _export(checkpoint_path, out_file)
+    return _write(_package(checkpoint_path), out_file)
 
 
 def export_encodec(checkpoint_path: Path | str, out_file: Path | str) -> Path:
     """Write the codec of a training checkpoint as `compression_state_dict.bin`; see `export_lm`."""
-    return _export(checkpoint_path, out_file)
+    return _write(_package(checkpoint_path), out_file)
 
 
 def export_pretrained_compression_model(pretrained_encodec: str, out_file: Path | str) -> Path:
-    """Write a pointer to a codec, such as `facebook/encodec_32khz`, instead of its weights."""
+    """Write a pointer to a codec, such as `facebook/encodec_32khz`, instead of its weights.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     return _write({"pretrained": pretrained_encodec}, out_file)
 
 
@@ -63,13 +69,16 @@ def export_release(weights: Path | str, folder: Path | str, version: str | None 
         text encoder where that carries one of its own.
 
     Raises:
-        InputError: the folder holds something, or the base is not known.
+        InputError: the folder holds something or cannot be written, or the base is not known.
         WeightsError: the file holds no fine-tuned MusicGen, or one for another base.
         AssetError: a file of the base cannot be fetched.
     """
     out = Path(folder)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} is there already; name a folder that is not, or an empty one.")
+    with _writing(out):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError(f"{out} is there already; name a folder that is not, or an empty one.")
+        above = next(path for path in out.absolute().parents if path.exists())
+        tempfile.TemporaryFile(dir=above).close()  # before anything is fetched and merged
     path = Path(weights)
     if not path.is_file():
         raise InputError(f"There is no file {path}; give a file of fine-tuned weights.")
@@ -80,22 +89,20 @@ def export_release(weights: Path | str, folder: Path | str, version: str | None 
         raise InputError(f"{path.name} {said}: give --version, one of {', '.join(VERSIONS)}.")
     codec = find_file(VERSIONS[base].source, CODEC_FILE)
     state, cfg = _whole(tuned, base)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as unfinished:
-        new = Path(unfinished) / out.name
-        half = {key: tensor.to(torch.float16) for key, tensor in state.items()}
-        _write({"best_state": half, "xp.cfg": cfg}, new / f"{LM_FILE}.bin")
-        pointed = read_checkpoint(codec).pretrained
-        if pointed is None:
-            export_encodec(codec, new / f"{CODEC_FILE}.bin")
-        else:
-            export_pretrained_compression_model(pointed, new / f"{CODEC_FILE}.bin")
-        text_encoder = text_encoder_of(codec)
-        if text_encoder is not None:
-            shutil.copytree(text_encoder, new / text_encoder.name)
-        if out.exists():
-            out.rmdir()
-        new.rename(out)
+    half = {key: tensor.to(torch.float16) for key, tensor in state.items()}
+    pointed = read_checkpoint(codec).pretrained
+    compression = _package(codec) if pointed is None else {"pretrained": pointed}
+    text_encoder = text_encoder_of(codec)
+    with _writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as unfinished:
+            new = Path(unfinished) / "release"
+            new.mkdir()
+            _save({"best_state": half, "xp.cfg": cfg}, new / f"{LM_FILE}.bin")
+            _save(compression, new / f"{CODEC_FILE}.bin")
+            if text_encoder is not None:
+                shutil.copytree(text_encoder, new / text_encoder.name)
+            new.rename(out)  # also in the place of an empty folder
     return out
 
 
@@ -111,25 +118,48 @@ def _whole(tuned: FineTune, base: str) -> tuple[Mapping[str, Tensor], str]:
     return {official_key(key): tensor for key, tensor in state.items()}, OmegaConf.to_yaml(cfg)
 
 
-def _export(checkpoint_path: Path | str, out_file: Path | str) -> Path:
+def _package(checkpoint_path: Path | str) -> dict[str, Any]:
     path = Path(checkpoint_path)
     checkpoint = read_checkpoint(path)
     if checkpoint.cfg is None or not checkpoint.state:
         raise WeightsError(f"{path.name} has no xp.cfg or no state; give a training checkpoint.")
-    return _write(
-        {"best_state": dict(checkpoint.state), "xp.cfg": OmegaConf.to_yaml(checkpoint.cfg)},
-        out_file,
-    )
+    return {"best_state": dict(checkpoint.state), "xp.cfg": OmegaConf.to_yaml(checkpoint.cfg)}
 
 
 def _write(package: Mapping[str, Any], out_file: Path | str) -> Path:
     """Save under a temporary name first, so that the file is whole or not there."""
     out = Path(out_file)
-    out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(f".{out.name}.unfinished")
-    try:
-        torch.save({**package, "version": __version__, "exported": True}, unfinished)
-        unfinished.rename(out)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with _writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _save(package, unfinished)
+            unfinished.rename(out)
+        finally:
+            unfinished.unlink(missing_ok=True)
     return out
+
+
+def _save(package: Mapping[str, Any], path: Path) -> None:
+    # By a file of ours: one that torch opens says nothing where the last bytes find no room.
+    with path.open("wb") as file:
+        torch.save({**package, "version": __version__, "exported": True}, file)
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Turns what the disk of a target refuses into a sentence; folders made for it go again."""
+    missing: list[Path] = []
+    try:
+        missing = [path for path in target.absolute().parents if not path.exists()]
+        yield
+    except (OSError, RuntimeError) as error:  # the latter is torch's, which hides the former
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
+        reason = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None)
+        raise InputError(
+            f"{target} cannot be written{f' ({reason})' if reason else ''}: make "
+            f"{target.absolute().parent} a folder that may be written to, with room on its disk, "
+            "or name another."
+        ) from error

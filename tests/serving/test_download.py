@@ -1,5 +1,6 @@
 """scripts/download against a hub on this machine."""
 
+import logging
 import os
 import shutil
 import signal
@@ -59,6 +60,8 @@ def repositories(tmp_path_factory):
 def hub(repositories, tmp_path, monkeypatch):
     monkeypatch.setenv("AUDIOCRAFT_CACHE_DIR", str(tmp_path / "store"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    # A command's log goes to the stderr that one test has.
+    monkeypatch.setattr(logging.getLogger("audiocraft"), "handlers", [])
     with FileServer(repositories) as server:
         use_hub(monkeypatch, server)
         yield server

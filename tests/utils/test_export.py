@@ -1,5 +1,11 @@
+import errno
+import logging
+import resource
+from pathlib import Path
+
 import pytest
 import torch
+from huggingface_hub import constants
 from omegaconf import OmegaConf
 
 from audiocraft.errors import InputError, WeightsError
@@ -14,6 +20,7 @@ from audiocraft.utils.export import (
     export_release,
 )
 from tests.golden_data import GOLDEN
+from tests.http_server import FileServer, use_hub
 from tests.releases import adapter, full_finetune, read_release, stand_in, varied
 
 
@@ -58,6 +65,20 @@ def test_what_has_no_configuration_is_refused(tmp_path):
     with pytest.raises(WeightsError, match=r"weights\.bin has no xp\.cfg"):
         export_lm(tmp_path / "weights.bin", tmp_path / "out.bin")
     assert not (tmp_path / "out.bin").exists()
+
+
+@pytest.fixture(autouse=True)
+def own_log(monkeypatch):
+    """A command's log goes to the stderr that one test has."""
+    monkeypatch.setattr(logging.getLogger("audiocraft"), "handlers", [])
+
+
+@pytest.fixture
+def limit_files():
+    """Sets the bytes that a file may have: what is beyond fails as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.fixture
@@ -141,8 +162,78 @@ def test_what_cannot_be_exported(store, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("folder", "reason", "above"),
+    [
+        ("a.safetensors/release", "Not a directory", "a.safetensors"),
+        ("a.safetensors/new/release", "Not a directory", "a.safetensors/new"),
+        ("/proc/release", ".*", "/proc"),  # where root may not write either
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_refused_first(
+    store, tmp_path, monkeypatch, folder, reason, above
+):
+    weights = full_finetune(store, "stereo-melody", 5, tmp_path / "a.safetensors")
+    before = weights.read_bytes()
+    monkeypatch.setattr("audiocraft.utils.export.read_finetune", pytest.fail)
+    said = (
+        rf"^{tmp_path / folder} cannot be written \({reason}\): make {tmp_path / above} a folder "
+        r"that may be written to, with room on its disk, or name another\.$"
+    )
+    with pytest.raises(InputError, match=said) as error:
+        export_release(weights, tmp_path / folder)
+    assert isinstance(error.value.__cause__, OSError)
+    assert weights.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"store", "a.safetensors"}
+
+
+@pytest.mark.parametrize("size", [50_000, 500_000], ids=["language model", "codec"])
+@pytest.mark.parametrize("folder", ["release", "new/deep/release"])
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(store, tmp_path, limit_files, size, folder):
+    """The empty folder that was there stays, and those that were made for the release go."""
+    weights = full_finetune(store, "stereo-melody", 5, tmp_path / "a.safetensors")
+    (tmp_path / "release").mkdir()
+    limit_files(size)
+    said = rf"^{tmp_path / folder} cannot be written \(File too large\): make .*, with room on its "
+    with pytest.raises(InputError, match=said) as error:
+        export_release(weights, tmp_path / folder)
+    assert isinstance(error.value.__cause__, OSError | RuntimeError)
+    assert not list((tmp_path / "release").iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {"store", "a.safetensors", "release"}
+
+
+def test_an_empty_folder_stays_where_the_release_cannot_take_its_name(store, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    weights = full_finetune(store, "stereo-melody", 5, tmp_path / "a.safetensors")
+    (tmp_path / "release").mkdir()
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(InputError, match=r"release cannot be written \(Device or resource busy\)"):
+        export_release(weights, tmp_path / "release")
+    assert not list((tmp_path / "release").iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {"store", "a.safetensors", "release"}
+
+
+def test_a_file_that_cannot_be_written(tmp_path, limit_files):
+    """What was there before is as it was."""
+    checkpoint = GOLDEN / "tiny_release/mono/state_dict.bin"
+    out = tmp_path / "out.bin"
+    out.write_bytes(b"before")
+    with pytest.raises(InputError, match=r"out\.bin/new/x cannot be written \(Not a directory\): "):
+        export_lm(checkpoint, out / "new/x")
+    limit_files(50_000)
+    with pytest.raises(InputError, match=r"out\.bin cannot be written \(File too large\): make "):
+        export_lm(checkpoint, out)
+    with pytest.raises(InputError, match=r"new/out\.bin cannot be written \(File too large\): "):
+        export_encodec(checkpoint.with_name("compression_state_dict.bin"), tmp_path / "new/out.bin")
+    assert list(tmp_path.iterdir()) == [out]
+    assert out.read_bytes() == b"before"
+
+
 def test_the_command(store, tmp_path, capsys):
     weights = full_finetune(store, "stereo-melody", 5, tmp_path / "a.safetensors")
+    (tmp_path / "release").mkdir()  # an empty one will do
     assert main([str(weights), str(tmp_path / "release")]) == 0
     assert (tmp_path / "release/state_dict.bin").is_file()
     assert main([str(weights), str(tmp_path / "release")]) == 1
@@ -150,3 +241,24 @@ def test_the_command(store, tmp_path, capsys):
         f"Written: {tmp_path / 'release'}",
         f"{tmp_path / 'release'} is there already; name a folder that is not, or an empty one.",
     ]
+
+
+def test_the_command_tells_what_it_fetches(store, tmp_path, monkeypatch, capsys):
+    weights = adapter(store, "stereo-melody", 5, tmp_path / "a.safetensors")
+    monkeypatch.setenv("AUDIOCRAFT_CACHE_DIR", str(tmp_path / "empty"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    with FileServer(store) as server:
+        use_hub(monkeypatch, server)
+        assert main([str(weights), str(tmp_path / "release")]) == 0
+    said = capsys.readouterr().err.splitlines()
+    for name in ("compression_state_dict.bin", "state_dict.bin"):
+        begun = f"Fetching {name} of facebook/musicgen-stereo-melody from "
+        assert [line.startswith(begun) for line in said].count(True) == 1
+    assert said[-1] == f"Written: {tmp_path / 'release'}"
+
+
+def test_the_command_says_that_it_cannot_write(store, tmp_path, capsys):
+    weights = full_finetune(store, "stereo-melody", 5, tmp_path / "a.safetensors")
+    assert main([str(weights), str(weights / "release")]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"{weights / 'release'} cannot be written (Not a directory): make ")
