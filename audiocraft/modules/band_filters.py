@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_CHUNK = 2**18  # samples that are filtered at once
+CHUNK = 2**18
+"""Samples that are filtered at once."""
 
 
 def low_pass_filters(sample_rate: int, n_bands: int, device: torch.device) -> Tensor:
@@ -81,8 +82,8 @@ def _filtered(row: Tensor, filters: Tensor) -> Iterator[tuple[int, Tensor]]:
     from julius.fftconv import fft_conv1d
 
     half, length = filters.shape[-1] // 2, row.shape[-1]
-    for start in range(0, length, _CHUNK):
-        stop = min(start + _CHUNK, length)
+    for start in range(0, length, CHUNK):
+        stop = min(start + CHUNK, length)
         low, high = max(0, start - half), min(length, stop + half)
         missing = (low - (start - half), (stop + half) - high)
         yield start, fft_conv1d(F.pad(row[..., low:high], missing, "replicate"), filters)

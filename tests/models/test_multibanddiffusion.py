@@ -12,6 +12,7 @@ from audiocraft.models import MultiBandDiffusion, multibanddiffusion
 from audiocraft.models.builders import get_compression_model, get_debug_compression_model
 from audiocraft.models.encodec import InterleaveStereoCompressionModel
 from audiocraft.models.multibanddiffusion import DiffusionProcess, load_diffusion_models
+from audiocraft.modules.unet_diffusion import DiffusionUnet
 from tests.golden_data import GOLDEN, load, meta
 from tools.make_diffusion import BOTTLENECKS, write_diffusion
 
@@ -183,7 +184,7 @@ def test_chunked_equals_whole(stereo, kept, monkeypatch):
     monkeypatch.setattr("audiocraft.modules.unet_diffusion._WINDOW", {"cpu": 2**12})
     monkeypatch.setattr("audiocraft.modules.unet_diffusion._MOST_BYTES", kept)
     monkeypatch.setattr("audiocraft.modules.tracks._FEWEST_FRAMES", 8)
-    monkeypatch.setattr("audiocraft.modules.band_filters._CHUNK", 3000)
+    monkeypatch.setattr("audiocraft.modules.band_filters.CHUNK", 3000)
     chunked = stereo.tokens_to_wav(tokens, seed=4)
     loudest = whole.abs().max().item()
     torch.testing.assert_close(chunked, whole, rtol=0, atol=3e-4 * loudest)
@@ -364,6 +365,21 @@ def test_memory_is_asked_for_in_gigabytes(mono, stereo, monkeypatch):
         mono.tokens_to_wav(codes_of(4, 10))
 
 
+def test_memory_is_that_of_the_networks_or_of_the_equaliser(mono, stereo, monkeypatch):
+    """Whichever is more: they do not work at once."""
+    samples = 60 * 32000
+    signals = 4 * 4 * samples
+    monkeypatch.setattr(DiffusionUnet, "memory", lambda *_: 0)
+    need = mono.memory(60 * 50) - signals
+    assert need > 240_000_000  # which were measured
+    assert mono.memory(600 * 50) - 10 * signals == need  # a chunk at a time
+    assert stereo.memory(60 * 50) - 2 * signals == need  # and a channel
+    assert mono.memory(50) < need / 4
+    for networks, expected in ((need // 2, need), (2 * need, 2 * need)):
+        monkeypatch.setattr(DiffusionUnet, "memory", lambda *_, most=networks: most)
+        assert mono.memory(60 * 50) - signals == expected
+
+
 def test_found_in_the_store_and_fetched_only_when_asked_for(codec, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
@@ -434,6 +450,22 @@ print(round(peak_mb() - before), mbd.memory(50 * seconds) // 2**20)
 """
 
 
+def peak_of_decoding(path, seconds):
+    """MB that it adds, and those that it was said to need."""
+    arguments = [sys.executable, "-c", PEAK_OF_DECODING, path, str(seconds)]
+    said = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
+    return map(int, said.split())
+
+
+@pytest.mark.slow
+def test_memory_of_the_equaliser(tmp_path):
+    """Of 10 s through small networks, which take less."""
+    path = tmp_path / "small.th"
+    write_diffusion(path, 16, bands=1, hidden=4, depth=3, growth=2)
+    taken, told = peak_of_decoding(path, 10)
+    assert told / 3 < taken < told
+
+
 @pytest.mark.slow
 def test_memory_of_decoding(tmp_path):
     """With an LSTM at the bottom, which hears all of the clip, and everything else in windows."""
@@ -441,9 +473,7 @@ def test_memory_of_decoding(tmp_path):
     write_diffusion(path, 16, bands=1, hidden=24, depth=3, growth=2, bottleneck="lstm")
     peaks = []
     for seconds in (40, 120):
-        arguments = [sys.executable, "-c", PEAK_OF_DECODING, path, str(seconds)]
-        said = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
-        taken, told = map(int, said.split())
+        taken, told = peak_of_decoding(path, seconds)
         peaks.append(taken)
     # Activations of 80 s have 61 MB each: 5 of them were seen, and 10 to 13 in a single window.
     assert peaks[1] - peaks[0] < 8 * 61

@@ -63,7 +63,7 @@ def test_bands_are_given_back_their_level():
 
 @pytest.mark.parametrize("chunk", [100, 7000, 2**18])
 def test_bands_in_chunks_equal_those_of_the_whole(chunk, monkeypatch):
-    monkeypatch.setattr("audiocraft.modules.band_filters._CHUNK", chunk)
+    monkeypatch.setattr("audiocraft.modules.band_filters.CHUNK", chunk)
     envelope = torch.linspace(0, 1, 9001)
     wav = torch.randn(2, 2, 9001, generator=torch.Generator().manual_seed(0)) * envelope + 0.1
     filters, gains = low_pass_filters(32000, 8, wav.device), torch.arange(8) + 1.0
