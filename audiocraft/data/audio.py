@@ -12,6 +12,8 @@ MP3, which are made to go on after it: players do, and ffmpeg takes some tags of
 What ffmpeg had to say about a file that it read is logged as a warning.
 """
 
+import errno
+import io
 import logging
 import math
 import os
@@ -34,6 +36,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from audiocraft.data.audio_export import export
 from audiocraft.data.audio_utils import i16_pcm, normalize_audio
 from audiocraft.errors import AudioEndError, AudioFileError, InputError
 
@@ -299,7 +302,7 @@ def audio_write(
             if format in {"wav", "flac"}:
                 _write_soundfile(file, pcm, int(sample_rate), format, path)
             else:
-                _write_pydub(file, pcm, int(sample_rate), format, bitrate, path)
+                _write_compressed(file, pcm, int(sample_rate), format, bitrate, path)
     except OSError as error:
         raise _not_written(path, error.strerror or str(error)) from error
     return path
@@ -517,13 +520,15 @@ def _write_soundfile(
 ) -> None:
     import soundfile
 
+    content = io.BytesIO()  # of a disk that is full libsndfile would not say so
     try:
-        soundfile.write(file, pcm, sample_rate, subtype="PCM_16", format=container.upper())
+        soundfile.write(content, pcm, sample_rate, subtype="PCM_16", format=container.upper())
     except soundfile.LibsndfileError as error:
         raise _not_written(path, _libsndfile_reason(error.error_string)) from error
+    file.write(content.getbuffer())
 
 
-def _write_pydub(
+def _write_compressed(
     file: BinaryIO,
     pcm: NDArray[np.int16],
     sample_rate: int,
@@ -531,24 +536,10 @@ def _write_pydub(
     bitrate: int | None,
     path: Path,
 ) -> None:
-    _ffmpeg(path)  # pydub would warn on its import and fail without a name
-    from pydub import AudioSegment
-    from pydub.exceptions import CouldntEncodeError
-
-    segment = AudioSegment(
-        data=pcm.tobytes(), sample_width=2, frame_rate=sample_rate, channels=pcm.shape[1]
-    )
-    try:
-        segment.export(
-            file,
-            format=container,
-            codec={"mp3": "libmp3lame", "ogg": "libvorbis"}[container],
-            bitrate=None if bitrate is None else f"{bitrate}k",
-            # bitexact: no random Ogg serial number, no version of the encoder
-            parameters=["-v", "error", "-fflags", "+bitexact", "-flags:a", "+bitexact"],
-        )
-    except CouldntEncodeError as error:
-        raise _not_written(path, f"ffmpeg: {_reason(str(error))}") from error
+    _ffmpeg(path)  # pydub would fail without a name
+    said = export(pcm.data, pcm.shape[1], sample_rate, container, bitrate, Path(file.name))
+    if said is not None:
+        raise _not_written(path, f"ffmpeg: {_reason(said)}")
 
 
 def _ffmpeg(path: Path) -> str:
@@ -603,6 +594,11 @@ def _damaged(path: Path, reason: str) -> AudioFileError:
 
 
 def _not_written(path: Path, reason: str) -> AudioFileError:
+    # ffmpeg gives the system's words, no number.
+    if any(os.strerror(number) in reason for number in (errno.ENOSPC, errno.EDQUOT)):
+        return AudioFileError(
+            f"{path.name} does not fit on the disk of {path.parent}; free some of it."
+        )
     return AudioFileError(
         f"{path.name} cannot be written ({reason}); choose another path or format."
     )

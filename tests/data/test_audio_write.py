@@ -3,6 +3,8 @@ import inspect
 import logging
 import math
 import os
+import resource
+import shutil
 import tempfile
 import time
 
@@ -15,8 +17,6 @@ from audiocraft.data.audio_utils import normalize_audio
 from audiocraft.errors import AudioFileError
 from tests.data.signals import RATE, SECONDS, sentence, tones
 from tests.golden_data import meta
-
-pytestmark = pytest.mark.filterwarnings("ignore:'audioop' is deprecated:DeprecationWarning")
 
 MP3_LIMITS = (
     "MP3 takes up to 2 channels at 8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000 Hz"
@@ -176,15 +176,74 @@ def test_what_cannot_be_written(tmp_path, wav, keywords, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failing_encoder_leaves_nothing_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # pydub leaves its own files
-    out = tmp_path / "out"
-    message = sentence(audio_write, out / "x", tones(), RATE, "ogg", ogg_rate=9999)
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """The folder of the file and the one of temporary files; both must be empty in the end."""
+    out, temporary = tmp_path / "out", tmp_path / "temporary"
+    out.mkdir()
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    yield out, temporary
+    assert not [*out.iterdir(), *temporary.iterdir()]
+
+
+def put_ffmpeg(folder, monkeypatch, *lines):
+    """Let a script stand for ffmpeg."""
+    command = folder / "bin" / "ffmpeg"
+    command.parent.mkdir()
+    command.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(command.parent), prepend=os.pathsep)
+
+
+def test_a_failing_encoder_leaves_nothing_behind(folders):
+    message = sentence(audio_write, folders[0] / "x", tones(), RATE, "ogg", ogg_rate=9999)
     assert message.startswith("x.ogg cannot be written (ffmpeg: ")
-    assert not list(out.iterdir())
 
 
-@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
+@pytest.mark.parametrize("name", ["mp3", "ogg"])
+def test_an_encoder_that_runs_out_of_disk(folders, tmp_path, monkeypatch, name):
+    """It says so with the last bytes, after which ffmpeg would by itself call that a success."""
+    real = shutil.which("ffmpeg")
+    put_ffmpeg(tmp_path, monkeypatch, "trap '' XFSZ", "ulimit -f 2", f'exec {real} "$@"')
+    message = sentence(audio_write, folders[0] / "x", tones(), RATE, name)
+    assert message.startswith(f"x.{name} cannot be written (ffmpeg: ")
+    assert message.endswith("File too large); choose another path or format.")
+
+
+@pytest.mark.parametrize("missing", [1000, -20])  # pydub's own copy has a header of 44 bytes
+@pytest.mark.parametrize("name", ["wav", "flac", "mp3", "ogg"])
+def test_a_file_that_the_system_refuses(folders, name, missing):
+    wav = tones()
+    size = 2 * wav.numel() // (10 if name == "flac" else 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - missing, before[1]))
+    try:
+        message = sentence(audio_write, folders[0] / "x", wav, RATE, name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert message.startswith(f"x.{name} cannot be written (")
+    assert message.endswith("File too large); choose another path or format.")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_needs_room(folders, tmp_path, monkeypatch, number):
+    out, _ = folders
+
+    def full(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(soundfile, "write", full)
+    said = f"Error writing trailer of /tmp/x: {os.strerror(number)}"
+    put_ffmpeg(tmp_path, monkeypatch, f"echo '{said}' >&2", "exit 1")
+    for name in ("wav", "ogg"):
+        assert sentence(audio_write, out / "x", tones(), RATE, name) == (
+            f"x.{name} does not fit on the disk of {out}; free some of it."
+        )
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.EIO, "Input error"), KeyboardInterrupt()])
 def test_a_file_appears_when_it_is_whole(tmp_path, monkeypatch, failure):
     path = audio_write(tmp_path / "x", tones(), RATE)
     before = path.read_bytes()
@@ -196,7 +255,7 @@ def test_a_file_appears_when_it_is_whole(tmp_path, monkeypatch, failure):
 
     monkeypatch.setattr(soundfile, "write", half)
     expected = AudioFileError if isinstance(failure, OSError) else KeyboardInterrupt
-    with pytest.raises(expected, match=r"x\.wav cannot be written \(No space left\)|^$"):
+    with pytest.raises(expected, match=r"x\.wav cannot be written \(Input error\)|^$"):
         audio_write(tmp_path / "x", torch.zeros(1, 9), RATE)
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_bytes() == before

@@ -5,7 +5,10 @@ time doing it, so that a cancelation finds it there.
 """
 
 import base64
+import os
 import re
+import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from audiocraft.assets.store import PARTS
 from tests.http_server import File, FileServer
 from tests.releases import full_finetune, stand_in
 from tests.separators import put_htdemucs
-from tests.serving.client import start, wait_until
+from tests.serving.client import assert_gone, members, start, wait_until
 from tools.make_diffusion import write_diffusion
 
 ROOT = Path(__file__).parents[2]
@@ -75,11 +78,27 @@ def scratch(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def served(store, scratch, tmp_path_factory):
+def hold(tmp_path_factory):
+    """A file; while it is there, the server's ffmpeg writes its number to it and never ends."""
+    folder = tmp_path_factory.mktemp("bin")
+    hold = folder / "hold"
+    command = folder / "ffmpeg"
+    command.write_text(
+        f"#!/bin/sh\nif [ -e {hold} ]; then echo $$ > {hold}; exec sleep 600; fi\n"
+        f'exec {shutil.which("ffmpeg")} "$@"\n'
+    )
+    command.chmod(0o755)
+    return hold
+
+
+@pytest.fixture(scope="module")
+def served(store, scratch, hold, tmp_path_factory):
     project = tmp_path_factory.mktemp("project")
     (project / "predict.py").write_text((ROOT / "predict.py").read_text() + SLOWED)
+    paths = [str(hold.parent), str(Path(sys.executable).parent), os.environ["PATH"]]
     environment = {
         "AUDIOCRAFT_CACHE_DIR": str(store),
+        "PATH": os.pathsep.join(paths),
         "PYTHONPATH": str(ROOT),
         "TMPDIR": str(scratch),
     }
@@ -169,6 +188,28 @@ def test_within_sixteen_steps_one_segment_and_one_evaluation(served, scratch):
         assert handle.answer(20)[1]["status"] == "canceled"
         time.sleep(1)
         assert count(served, phase) - at_cancel <= limit
+
+
+def test_cancel_while_the_result_is_encoded(served, store, scratch, hold):
+    inputs = {"prompt": "x", "duration": 1, "output_format": "mp3"}
+    expected = result(served, **inputs)
+    before = files(scratch, store)
+    hold.touch()
+    try:
+        handle = served.start_prediction("in-encoder", inputs)
+        wait_until(lambda: hold.read_text().endswith("\n"), 30)
+        encoder = members(os.getpgid(int(hold.read_text())))
+        assert len(encoder) == 2  # pydub and its ffmpeg
+        begin = time.monotonic()
+        served.cancel(handle.id)
+        assert handle.answer(20)[1]["status"] == "canceled"
+        assert time.monotonic() - begin < 4
+        assert_gone(encoder, 2)
+        assert files(scratch, store) <= before
+        assert not list(scratch.rglob("*.part"))
+    finally:
+        hold.unlink()
+    assert result(served, **inputs) == expected
 
 
 def test_cancel_in_a_download(served, store, scratch, tmp_path):
