@@ -9,6 +9,7 @@ To decode again is hundreds of times faster than what those stages do with the s
 
 import json
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -44,9 +45,11 @@ SILENCE: Final = 1e-4
 """Peak, -80 dB of full scale, that 16-bit dither stays below."""
 
 _POLL_S: Final = 0.1
-# Containers that people tag. What was decoded is one of a known few already; this keeps ffprobe
-# from taking it for a playlist, which would name other files.
-_TAGGED: Final = "aac,aiff,ape,asf,avi,caf,flac,flv,matroska,mov,mp3,mpc,mpc8,ogg,tta,w64,wav,wv"
+# Containers that people keep music in. This keeps ffprobe from taking a file for a playlist, which
+# would name other files.
+_CONTAINERS: Final = (
+    "aac,aiff,ape,asf,avi,caf,flac,flv,matroska,mov,mp3,mpc,mpc8,ogg,tta,w64,wav,wv"
+)
 
 
 @dataclass(frozen=True)
@@ -275,20 +278,10 @@ def read_tags(path: Path) -> dict[str, str]:
     Returns:
         Nothing where there are none, or no ffprobe to read them.
     """
-    ffprobe = shutil.which("ffprobe")
-    if ffprobe is None:
+    answer = _probe(path, "format_tags:stream_tags")
+    if answer is None:
         logger.warning("ffprobe is not installed, so the tags of %s are not read.", path.name)
         return {}
-    command = [ffprobe, "-v", "error", "-format_whitelist", _TAGGED, "-select_streams", "a:0"]
-    command += ["-show_entries", "format_tags:stream_tags", "-of", "json", "file:/dev/stdin"]
-    with path.open("rb") as file:
-        done = subprocess.run(  # noqa: S603 - no shell, and nothing of a user's in the command
-            command, stdin=file, capture_output=True, check=False
-        )
-    if done.returncode:  # a format without tags, such as a raw one
-        logger.debug("No tags in %s: %s", path.name, done.stderr.decode(errors="replace").strip())
-        return {}
-    answer: dict[str, Any] = json.loads(done.stdout.decode(errors="replace"))
     sections = [answer.get("format", {}), *answer.get("streams", [])]
     return {
         name.lower(): value.strip()
@@ -296,6 +289,51 @@ def read_tags(path: Path) -> dict[str, str]:
         for name, value in section.get("tags", {}).items()
         if value.strip()
     }
+
+
+def stated_duration(path: Path) -> float | None:
+    """How long a file says that it is; it need not be true.
+
+    Args:
+        path: any file.
+
+    Returns:
+        Seconds, above 0; None where it does not say, is no container of music, or there is no
+        ffprobe to read it.
+    """
+    answer = _probe(path, "format=duration") or {}
+    try:
+        seconds = float(answer["format"]["duration"])
+    except (KeyError, ValueError):
+        return None
+    return seconds if 0 < seconds < math.inf else None
+
+
+def _probe(path: Path, entries: str) -> dict[str, Any] | None:
+    """What ffprobe says of a file and its first stream of sound.
+
+    Args:
+        path: any file.
+        entries: that are asked for, in the form of `-show_entries`.
+
+    Returns:
+        By section; empty where it cannot be read, None where there is no ffprobe.
+    """
+    ffprobe = shutil.which("ffprobe")
+    if ffprobe is None:
+        return None
+    command = [ffprobe, "-v", "error", "-format_whitelist", _CONTAINERS, "-select_streams", "a:0"]
+    command += ["-show_entries", entries, "-of", "json", "file:/dev/stdin"]
+    with path.open("rb") as file:
+        done = subprocess.run(  # noqa: S603 - no shell, and nothing of a user's in the command
+            command, stdin=file, capture_output=True, check=False
+        )
+    if done.returncode:  # no container of these, such as a raw format
+        message = done.stderr.decode(errors="replace").strip()
+        logger.debug("ffprobe does not read %s: %s", path.name, message)
+        return {}
+    answer: dict[str, Any] = json.loads(done.stdout.decode(errors="replace"))
+    return answer
 
 
 def each(

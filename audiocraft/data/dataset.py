@@ -7,8 +7,10 @@ a song that is added is the only one that is worked on, and other stems leave wh
 place. Models are loaded once, and only if there is work for them.
 """
 
+import errno
 import hashlib
 import logging
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,11 +19,12 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any, Final
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from audiocraft.assets.parts import is_leftover, read_json, try_lock, wait_lock, write_json
 from audiocraft.data.archive import LeftOut
-from audiocraft.data.chunks import Chunk, Clip, Cut, cut, each, read_chunks
+from audiocraft.data.chunks import Chunk, Clip, Cut, cut, each, read_chunks, stated_duration
 from audiocraft.data.codes import Encoder, encode_chunk, load_encoder, save_encoded
 from audiocraft.data.descriptions import ClipMetadata, describe, with_labels
 from audiocraft.data.files import AudioFile, Found, group_songs
@@ -46,6 +49,7 @@ from audiocraft.data.separate import (
     read_peaks,
     separate,
 )
+from audiocraft.errors import AssetError
 from audiocraft.modules.stems import htdemucs_key, load_htdemucs
 from audiocraft.progress import ProgressLog
 
@@ -60,9 +64,13 @@ _MELODY_BYTES: Final = 32000 * 4  # of the melody,
 _CODES_BYTES: Final = 8 * 50 * 2 + 8 * 12 * 4  # of codes and chroma: 8 frames of 12 floats
 _FILE_BYTES: Final = 100_000  # of a file: notes, labels, the codes that fill up its last chunk
 _LEAST_RATE: Final = 8000  # bytes of a second of compressed music, 64 kbit/s
+_MARGIN: Final = 1.1  # containers round and estimate the durations that they state
+_LONGEST_S: Final = 86400  # a day, beyond which a stated duration is taken for damage
 _MOST_FRAMES: Final = 10_000  # in a byte of a lossless file; of silence it has some 4000
 _PARTS: Final = 1000  # of a file, for the progress
 _SONG_WORKERS: Final = 2  # songs whose key and tempo are told at a time
+_LENGTH_WORKERS: Final = 4  # files that are asked for their length at a time
+_FULL: Final = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 
 
 @dataclass(frozen=True)
@@ -216,7 +224,7 @@ def prepare(
     """
     encoder = load_encoder(version)
     seconds: dict[str, float] = {}
-    with _alone(folder):
+    with _disk(folder), _alone(folder):
         shelf = _Shelf.of(folder, encoder, settings)
         with _timed("decode", seconds):
             clips = cut(found.files, folder / _DECODED, context=encoder.context)
@@ -416,6 +424,20 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _disk(folder: Path) -> Iterator[None]:
+    """Say it in a sentence where the disk gets full; safetensors has no kind of error for that."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not any(reason in str(error) for reason in _FULL):
+            raise
+        raise AssetError(
+            f"The disk of {folder} is full before the music is prepared: free some of it and start "
+            "the training again, which goes on from there."
+        ) from error
+
+
 def _digest(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
@@ -423,7 +445,8 @@ def _digest(*parts: object) -> str:
 def disk_need(found: Found, settings: DatasetSettings, melody: bool = True) -> int:
     """Bytes that `prepare` may write at most, from headers and sizes; nothing is decoded.
 
-    What was written by an earlier job counts as well.
+    What was written by an earlier job counts as well. Files that state less than they hold take
+    more, up to the disk's end, where `prepare` stops.
 
     Args:
         found: from `files.find`.
@@ -432,8 +455,13 @@ def disk_need(found: Found, settings: DatasetSettings, melody: bool = True) -> i
     """
     per_second = _CODES_BYTES + (_STEMS_BYTES if settings.stems else 0)
     per_second += _MELODY_BYTES if melody else 0
-    files = {file.sha256: file.path for file in found.files}.values()
-    return sum(_FILE_BYTES + round(per_second * _longest(path)) for path in files)
+    files = list({file.sha256: file.path for file in found.files}.values())
+    progress = ProgressLog(logger, "files", "adding up the music", quiet_s=5)
+    need = 0
+    for done, (_, seconds) in enumerate(each(_longest, files, _LENGTH_WORKERS), 1):
+        need += _FILE_BYTES + round(per_second * seconds)
+        progress.update(done, len(files))
+    return need
 
 
 def _longest(path: Path) -> float:
@@ -445,11 +473,15 @@ def _longest(path: Path) -> float:
         with path.open("rb") as file:
             info = soundfile.info(file)
     except soundfile.LibsndfileError:
+        pass
+    else:
+        # The length of an MP3 is an estimate, and a FLAC that was streamed states none.
+        if not info.subtype.startswith("MPEG") and info.frames <= size * _MOST_FRAMES:
+            return float(info.frames / info.samplerate)
+    stated = stated_duration(path)
+    if stated is None or stated > _LONGEST_S:
         return size / _LEAST_RATE
-    # The length of an MP3 is an estimate, and a FLAC that was streamed states none.
-    if info.subtype.startswith("MPEG") or info.frames > size * _MOST_FRAMES:
-        return size / _LEAST_RATE
-    return float(info.frames / info.samplerate)
+    return _MARGIN * stated
 
 
 def remove_intermediates(folder: Path, prepared: Prepared) -> None:

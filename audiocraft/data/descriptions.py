@@ -62,17 +62,17 @@ def describe(clip: Clip, one_same_description: str | None = None) -> ClipMetadat
     tags, side = clip.tags, _read_metadata(clip.file.metadata)
     text = clip.file.text
     return ClipMetadata(
-        title=_text(side.get("title")) or _text(tags.get("title")),
-        artist=_text(side.get("artist")) or _text(tags.get("artist")),
-        key=_text(side.get("key")),
+        title=one_line(side.get("title")) or one_line(tags.get("title")),
+        artist=one_line(side.get("artist")) or one_line(tags.get("artist")),
+        key=one_line(side.get("key")),
         bpm=_number(side.get("bpm")),
         genre=_list(side.get("genre"), ",") or _list(tags.get("genre"), TAG_SEPARATORS),
         moods=_list(side.get("moods"), ","),
         keywords=_list(side.get("keywords"), ","),
-        description=_text(one_same_description)
+        description=one_line(one_same_description)
         or (read_first_line(text) if text else None)
-        or _text(side.get("description"))
-        or _text(tags.get("comment")),
+        or one_line(side.get("description"))
+        or one_line(tags.get("comment")),
         name=split_name(clip.file.name)[0],
         instrument=_list(side.get("instrument"), ","),
     )
@@ -114,7 +114,7 @@ def read_first_line(path: Path) -> str | None:
             text = decoder.decode(data, final=len(data) < _LONGEST_TEXT)
         except UnicodeDecodeError:
             text = data.decode("cp1252", errors="replace")
-    return next((line for line in map(_text, text.splitlines()) if line), None)
+    return next((line for line in map(one_line, text.splitlines()) if line), None)
 
 
 def _read_metadata(path: Path | None) -> Mapping[str, Any]:
@@ -131,8 +131,8 @@ def _read_metadata(path: Path | None) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _text(value: Any) -> str | None:
-    """A line of printable characters, if there is one."""
+def one_line(value: Any) -> str | None:
+    """A text in printable characters and single spaces; None where it has none or is no text."""
     if not isinstance(value, str):
         return None
     line = "".join(char if char.isprintable() else " " for char in value)
@@ -143,7 +143,7 @@ def _list(value: Any, separator: str) -> tuple[str, ...]:
     values = re.split(f"[{separator}\0]", value) if isinstance(value, str) else value
     if not isinstance(values, list):
         return ()
-    texts = (_text(item) for item in values)
+    texts = (one_line(item) for item in values)
     return tuple(dict.fromkeys(text for text in texts if text))
 
 

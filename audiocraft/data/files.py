@@ -61,7 +61,8 @@ class Found:
     Attributes:
         files: by name.
         left_out: every other file, by name.
-        key: SHA-256 in hex of all that matters of it: names and contents of music and texts.
+        key: SHA-256 in hex of all that matters of it: names and contents of music and texts. The
+            name of a single file is none of it: one that comes by URL bears another each time.
     """
 
     files: tuple[AudioFile, ...]
@@ -93,15 +94,18 @@ def find(source: Path, folder: Path, limits: Limits = LIMITS) -> Found:
     sides = (source.with_suffix(suffix) for suffix in sorted(SIDE))
     paths = [source, *(side for side in sides if side != source and side.is_file())]
     try:
-        return _sort_out([SourceFile(_printable(p.name), p, _hash(p)) for p in paths], [])
+        files = [SourceFile(_printable(p.name), p, _hash(p)) for p in paths]
     except OSError as error:
         raise InputError(
             f"{source} cannot be read ({error.strerror}); check its permissions."
         ) from error
+    return _sort_out(files, [], named=False)
 
 
-def _sort_out(files: Sequence[SourceFile], left_out: Sequence[LeftOut]) -> Found:
-    """Join music and texts; what is not a text is music."""
+def _sort_out(
+    files: Sequence[SourceFile], left_out: Sequence[LeftOut], *, named: bool = True
+) -> Found:
+    """Join music and texts; what is not a text is music, whose names are in the key if `named`."""
     files = sorted(files, key=lambda file: file.name)
     sides = {
         (_stem(file.name), suffix): file
@@ -124,7 +128,7 @@ def _sort_out(files: Sequence[SourceFile], left_out: Sequence[LeftOut]) -> Found
             )
         )
         hashes = [file.sha256, *(side.sha256 if side else "" for side in (text, metadata))]
-        digest.update("\0".join((file.name, *hashes, "")).encode())
+        digest.update("\0".join((file.name if named else "", *hashes, "")).encode())
     unused = [
         LeftOut(file.name, "no music beside it has its name")
         for file in sides.values()

@@ -21,7 +21,9 @@ from audiocraft.solvers.plan import Plan
 __all__ = ["Device", "Plan", "estimate_seconds", "find_devices", "plan_memory"]
 
 TEXT_TOKENS: Final = 256
-"""Of the longest description: a paragraph of some 190 words, labels included."""
+"""Of the longest text, a paragraph with its labels; longer ones are cut, see `prepare.shorten`."""
+TEXT_WORDS: Final = 190
+"""As many in English, about."""
 
 OPTIMIZER_BYTES: Final[dict[OptimizerName, int]] = {"adamw": 8, "dadam": 12, "prodigy": 16}
 """Per trained weight: float32 moments (2), the weighted gradient sum (1), the start (1)."""
@@ -220,14 +222,21 @@ class _Room:
     host: int
 
 
-def _ladder(job: TrainingJob, room: _Room) -> Iterator[Plan]:
-    """Plans without their micro-batch, in the order in which they are tried."""
-    yield Plan()
-    yield Plan(checkpointing=True)
+def _ladder(job: TrainingJob, room: _Room, sharded: bool | None) -> Iterator[Plan]:
+    """Plans without their micro-batch, in the order in which they are tried.
+
+    Args:
+        job: what is trained.
+        room: where.
+        sharded: whether the weights are; None tries both.
+    """
+    last = Plan(checkpointing=True)
+    if not sharded:
+        yield Plan()
+        yield last
     if not room.gpu:
         return
-    last = Plan(checkpointing=True)
-    if room.processes > 1:
+    if room.processes > 1 and sharded is not False:
         yield Plan(sharded=True)
         yield (last := Plan(checkpointing=True, sharded=True))
     if _average_on_host(job, last, room.processes) <= room.host:
@@ -246,10 +255,10 @@ def _need(job: TrainingJob, plan: Plan, room: _Room) -> int:
     return need.total
 
 
-def _find_plan(job: TrainingJob, room: _Room) -> Plan | None:
+def _find_plan(job: TrainingJob, room: _Room, sharded: bool | None = None) -> Plan | None:
     """The plan that slows a training down least, of those that fit."""
     share = _share(job, room.processes)
-    for plan in _ladder(job, room):
+    for plan in _ladder(job, room, sharded):
         for most in range(share, 0, -1):
             fitting = replace(plan, micro_batch=most)
             if _need(job, fitting, room) <= room.each:
@@ -262,6 +271,8 @@ def plan_memory(
     devices: Sequence[Device],
     processes: int,
     host_bytes: int | None = None,
+    *,
+    sharded: bool | None = None,
 ) -> tuple[Plan, list[str]]:
     """How a training fits the memory that there is.
 
@@ -274,6 +285,8 @@ def plan_memory(
         devices: one for each process; none trains on the CPU.
         processes: of the job.
         host_bytes: memory that the host has; looked up if not given.
+        sharded: whether a training that goes on began so, which stays as it is; several GPUs can.
+            None for a new one.
 
     Returns:
         The plan, and a line for each thing that it goes without, with one on the memory at the end.
@@ -290,17 +303,17 @@ def plan_memory(
     else:
         room = _Room(processes, host // processes, False, False, 0)
         where = "in this machine" + (f" for each of {processes} processes" if processes > 1 else "")
-    plan = _find_plan(job, room)
+    plan = _find_plan(job, room, sharded)
     if plan is None:
-        raise InputError(_refusal(job, room, where))
-    lines = list(_lines(job, plan, room))
+        raise InputError(_refusal(job, room, where, sharded))
+    lines = list(_lines(job, plan, room, sharded))
     lines.append(
         f"Memory: {_gb(_need(job, plan, room))} of the {_gb(room.each)} that are free {where}."
     )
     return plan, lines
 
 
-def _lines(job: TrainingJob, plan: Plan, room: _Room) -> Iterator[str]:
+def _lines(job: TrainingJob, plan: Plan, room: _Room, sharded: bool | None) -> Iterator[str]:
     share = _share(job, room.processes)
     if plan.micro_batch < share:
         own = f"the {share} clips of each process" if room.processes > 1 else f"{share} clips"
@@ -314,8 +327,9 @@ def _lines(job: TrainingJob, plan: Plan, room: _Room) -> Iterator[str]:
             "backward pass, which makes updates about a third slower."
         )
     if plan.sharded:
+        why = "Memory is short for all weights on each GPU: they are"
         yield (
-            f"Memory is short for all weights on each GPU: they are sharded over the "
+            f"{'The weights stay as they were,' if sharded else why} sharded over the "
             f"{room.processes} GPUs, with gradients and optimizer state."
         )
     if plan.ema_on_host:
@@ -323,18 +337,22 @@ def _lines(job: TrainingJob, plan: Plan, room: _Room) -> Iterator[str]:
         yield f"Memory is short for the moving average: its {average} go to the host's memory."
 
 
-def _refusal(job: TrainingJob, room: _Room, where: str) -> str:
+def _refusal(job: TrainingJob, room: _Room, where: str, sharded: bool | None) -> str:
     # With fewer clips at once gradients have to wait for the others, which may take more.
     least = min(
         _need(job, replace(plan, micro_batch=clips), room)
-        for plan in _ladder(job, room)
+        for plan in _ladder(job, room, sharded)
         for clips in range(1, _share(job, room.processes) + 1)
     )
     what = f"lora_rank={job.lora_rank}" if job.lora_rank else "full fine-tuning"
+    goal = "" if sharded is None else f" to go on {'' if sharded else 'un'}sharded as it began"
     message = (
         f"model_version={job.version} with {what} and {job.optimizer} needs at least {_gb(least)} "
-        f"of memory, {_gb(room.each)} are free {where}: "
+        f"of memory{goal}, {_gb(room.each)} are free {where}: "
     )
+    if sharded is not None:  # other settings would begin another training
+        fresh = ", or begin again with --fresh" if _find_plan(job, room) is not None else ""
+        return f"{message}end what else uses it{fresh}."
     fitting = _alternatives(job, room)
     if not fitting:
         return message + "take a device with more, or end what else uses it."

@@ -16,7 +16,15 @@ import torch
 from audiocraft.assets.exchange import start_thread
 from audiocraft.data import chunks
 from audiocraft.data.audio import audio_blocks, audio_read
-from audiocraft.data.chunks import SILENCE, Chunk, cut, each, read_chunks, read_tags
+from audiocraft.data.chunks import (
+    SILENCE,
+    Chunk,
+    cut,
+    each,
+    read_chunks,
+    read_tags,
+    stated_duration,
+)
 from audiocraft.data.files import AudioFile
 from tests.data.odd_files import cut as cut_off
 from tests.data.signals import convert, ffmpeg, tones, write_source
@@ -227,6 +235,25 @@ def test_a_song_without_tags_or_ffprobe_has_none(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert read_tags(SONG) == {}
     assert "ffprobe is not installed" in caplog.text
+
+
+@pytest.mark.parametrize("suffix", ["mp3", "m4a", "wma", "mka", "mp4"])
+def test_a_file_says_how_long_it_is(tmp_path, suffix):
+    assert stated_duration(convert(SONG, tmp_path / f"a.{suffix}")) == pytest.approx(8, abs=0.1)
+
+
+def test_no_length_is_known_of_what_is_no_music(tmp_path, monkeypatch):
+    """Nor is a playlist followed to the files that it names."""
+    song = convert(SONG, tmp_path / "a.m4a")
+    piece = convert(SONG, tmp_path / "a.ts")
+    playlist = tmp_path / "list.m4a"
+    playlist.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:8\n#EXTINF:8,\n{piece}\n#EXT-X-ENDLIST\n")
+    (tmp_path / "text.m4a").write_text("<html>Not found</html>\n" * 50)
+    (tmp_path / "empty.m4a").touch()
+    for path in (playlist, tmp_path / "text.m4a", tmp_path / "empty.m4a"):
+        assert stated_duration(path) is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert stated_duration(song) is None
 
 
 def test_results_come_from_as_many_threads_as_asked_for():

@@ -1,7 +1,9 @@
 """Files become what is trained on, each stage once: real demucs, essentia and codec, all small."""
 
+import errno
 import json
 import logging
+import os
 import shutil
 import zipfile
 from dataclasses import replace
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from demucs.apply import apply_model
+from safetensors import SafetensorError
 
 from audiocraft.data import dataset
 from audiocraft.data.audio import audio_read
@@ -26,7 +29,7 @@ from audiocraft.data.dataset import (
 )
 from audiocraft.data.files import find
 from audiocraft.data.labels import MODELS_FOLDER, Vocabularies
-from audiocraft.errors import WeightsError
+from audiocraft.errors import AssetError, WeightsError
 from metadata import genre_labels, instrument_classes, mood_theme_classes
 from tests.data.graphs import CLASSES, write_models
 from tests.data.signals import convert, sentence, tones, write_source
@@ -409,17 +412,103 @@ def test_a_messy_zip_is_accounted_for(tmp_path):
     )
 
 
-@pytest.mark.parametrize(("suffix", "arguments"), [("flac", []), ("mp3", ["-b:a", "320k"])])
-def test_the_disk_that_is_needed_is_known_before(tmp_path, suffix, arguments):
+VIDEO = (
+    *("-f", "lavfi", "-i", "nullsrc=size=160x120:rate=10,geq=random(1)*255:128:128"),
+    *("-map", "0:a", "-map", "1:v", "-shortest", "-c:v", "mpeg4", "-q:v", "1"),
+)
+"""A picture of noise, 2 MB for 8 s."""
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("a.flac", ()),
+        ("a.mp3", ("-b:a", "320k")),
+        ("a.mp3", ("-b:a", "320k", "-write_xing", "0")),
+        ("a.m4a", ()),
+        ("a.wma", ()),
+        ("a.mp4", VIDEO),
+        ("a.mkv", VIDEO),
+    ],
+)
+def test_the_disk_that_is_needed_is_known_before(tmp_path, name, arguments):
+    """That of the music, whatever the size of its file."""
     folder = tmp_path / "music"
     folder.mkdir()
-    convert(SONG, folder / f"a.{suffix}", *arguments)
-    shutil.copy(folder / f"a.{suffix}", folder / f"b.{suffix}")
+    convert(SONG, folder / name, *arguments)
+    shutil.copy(folder / name, folder / f"copy of {name}")
     found = find(folder, tmp_path / "work")
     stems = 8.0 * (44100 * 8 + 32000 * 4)
     need = disk_need(found, DatasetSettings(stems=KEPT))
-    assert stems < need < 8 * stems
+    assert stems < need < 1.2 * stems
     assert disk_need(found, DatasetSettings(), melody=False) < 200_000
+
+
+def test_the_needs_of_files_add_up(tmp_path):
+    folder = tmp_path / "music"
+    folder.mkdir()
+    needs = []
+    for seconds in (5, 6, 7):
+        path = write_source(folder / f"{seconds}.wav", tones(8000, seconds), 8000)
+        needs.append(disk_need(find(path, tmp_path / "work"), LABELLED))
+    assert len(set(needs)) == 3
+    assert disk_need(find(folder, tmp_path / "work"), LABELLED) == sum(needs)
+
+
+def test_a_length_that_cannot_be_true_does_not_count(tmp_path, monkeypatch):
+    """Then it is that of music of 64 kbit/s."""
+    path = convert(SONG, tmp_path / "a.m4a")
+    data, guess = bytearray(path.read_bytes()), path.stat().st_size / 8000
+    # Of the header behind its name: version, two times and the unit, each of four bytes.
+    place = slice(data.index(b"mvhd") + 20, data.index(b"mvhd") + 24)
+    for stated, expected in ((0, guess), (16_000, 1.1 * 16), (2**32 - 2, guess)):
+        data[place] = stated.to_bytes(4, "big")
+        path.write_bytes(data)
+        assert dataset._longest(path) == pytest.approx(expected)
+    monkeypatch.setenv("PATH", str(tmp_path))  # without ffprobe
+    data[place] = (16_000).to_bytes(4, "big")
+    path.write_bytes(data)
+    assert dataset._longest(path) == pytest.approx(guess)
+
+
+def test_files_whose_length_is_exact_are_not_looked_into(tmp_path, monkeypatch):
+    """It takes a process each time."""
+    monkeypatch.setattr(dataset, "stated_duration", None)
+    assert dataset._longest(write_source(tmp_path / "a.wav", tones(8000, 5), 8000)) == 5
+    assert dataset._longest(convert(SONG, tmp_path / "a.flac")) == 8
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "codes"),
+        SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        ),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_disk_that_gets_full_is_named(music, tmp_path, monkeypatch, error):
+    def full(*_):
+        raise error
+
+    work = tmp_path / "work"
+    monkeypatch.setattr(dataset, "save_encoded", full)
+    with pytest.raises(AssetError) as caught:
+        run(music, work, DatasetSettings(), "small")
+    assert str(caught.value) == (
+        f"The disk of {work} is full before the music is prepared: free some of it and start the "
+        "training again, which goes on from there."
+    )
+
+
+def test_another_error_of_the_disk_is_no_full_one(music, tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(dataset, "save_encoded", broken)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        run(music, tmp_path / "work", DatasetSettings(), "small")
 
 
 def test_the_middle_of_a_song_tells_its_key(tmp_path, monkeypatch):

@@ -1,3 +1,4 @@
+import gzip
 import os
 import shutil
 import zipfile
@@ -130,6 +131,35 @@ def test_the_key_tells_what_matters(folder, tmp_path):
     (moved / "c.wav").rename(moved / "d.wav")
     keys.append(find(moved, moved).key)
     assert len(set(keys)) == 6
+
+
+def test_a_single_file_goes_by_its_content(folder):
+    """A server gives what it fetches a name of its own each time."""
+    fill(folder, {"tmp1clip.wav": "1", "tmp2clip.wav": "1", "tmp3clip.wav": "2"})
+    first, again, other = (find(folder / f"tmp{n}clip.wav", folder) for n in (1, 2, 3))
+    assert first.key == again.key != other.key
+    assert [found.files[0].name for found in (first, again)] == ["tmp1clip.wav", "tmp2clip.wav"]
+    keys = {first.key}
+    for sides in ({"txt": "text"}, {"txt": "other"}, {"txt": "other", "json": "{}"}):
+        for number in (1, 2):
+            fill(folder, {f"tmp{number}clip.{suffix}": text for suffix, text in sides.items()})
+        first, again = (find(folder / f"tmp{number}clip.wav", folder).key for number in (1, 2))
+        assert first == again
+        keys.add(first)
+    assert len(keys) == 4
+
+
+def test_an_archive_goes_by_the_names_within(folder, tmp_path):
+    fill(folder, {"a.wav": "1"})
+    one, other = (pack(folder, tmp_path / name) for name in ("tmp1music.zip", "tmp2music.zip"))
+    key = find(one, tmp_path / "work").key
+    assert find(other, tmp_path / "work").key == key
+    (folder / "a.wav").rename(folder / "b.wav")
+    assert find(pack(folder, other), tmp_path / "work").key != key
+    for path in (tmp_path / "tmp1song.wav.gz", tmp_path / "tmp2song.wav.gz"):
+        path.write_bytes(gzip.compress(b"1", mtime=0))
+    one, other = (find(tmp_path / f"tmp{n}song.wav.gz", tmp_path / "work").key for n in (1, 2))
+    assert one == other
 
 
 def test_the_order_is_that_of_the_names(folder, monkeypatch):

@@ -356,6 +356,33 @@ def test_refusal_where_nothing_fits():
         plan_memory(TrainingJob("tiny"), [gpu(0.3)], 1, 64 * GB)
 
 
+def test_what_goes_on_stays_as_it_began():
+    """Sharded or not, whatever a new training would be."""
+    plan, lines = plan_memory(LARGE, [gpu(110)] * 8, 8, 64 * GB, sharded=True)
+    assert plan == Plan(2, sharded=True)
+    assert lines[0] == (
+        "The weights stay as they were, sharded over the 8 GPUs, with gradients and optimizer "
+        "state."
+    )
+    with pytest.raises(InputError) as caught:
+        plan_memory(LARGE, [gpu(80)] * 8, 8, 64 * GB, sharded=False)
+    assert re.search(
+        r" needs at least \d+\.\d GB of memory to go on unsharded as it began, 80\.0 GB are free "
+        r"on NVIDIA L4: end what else uses it, or begin again with --fresh\.$",
+        str(caught.value),
+    )
+    with pytest.raises(InputError, match=r" to go on sharded as it began, 5\.0 GB .* uses it\.$"):
+        plan_memory(LARGE, [gpu(5)] * 8, 8, 64 * GB, sharded=True)
+
+
+def test_what_goes_on_unsharded_may_keep_its_average_on_the_host():
+    job = TrainingJob("stereo-large", batch_size=2)
+    least = Plan(1, checkpointing=True, ema_on_host=True)
+    both = [gpu(need_of(job, least, 2) + 0.1)] * 2
+    assert plan_memory(job, both, 2, 64 * GB, sharded=False)[0] == least
+    assert plan_memory(job, both, 2, 64 * GB)[0].sharded
+
+
 # Without a GPU
 
 

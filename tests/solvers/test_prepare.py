@@ -1,18 +1,34 @@
 """The process that prepares a dataset, as a job launches it."""
 
+import random
 import shutil
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from audiocraft.assets.store import BUNDLED
 from audiocraft.data.codes import load_encoded
-from audiocraft.data.dataset import load_prepared
-from audiocraft.errors import TrainingError
-from audiocraft.solvers.job import Place, TrainingJob, write_job
+from audiocraft.data.dataset import Example, Prepared, load_prepared
+from audiocraft.data.descriptions import ClipMetadata
+from audiocraft.data.report import DatasetReport
+from audiocraft.errors import InputError, TrainingError
+from audiocraft.modules.conditioners import T5Conditioner
+from audiocraft.solvers import prepare
+from audiocraft.solvers.conditions import ConditionSettings, merge_metadata, parse_metadata
+from audiocraft.solvers.job import Place, TrainingJob, read_job, write_job
 from audiocraft.solvers.launch import launch
+from audiocraft.solvers.memory import TEXT_TOKENS
 from audiocraft.solvers.plan import Plan
-from audiocraft.solvers.prepare import DATASET_FILE
+from audiocraft.solvers.prepare import (
+    DATASET_FILE,
+    check_description,
+    load_text_encoder,
+    shorten,
+)
+from tests.golden_data import GOLDEN
 from tests.releases import stand_in
 from tests.separators import put_htdemucs
 
@@ -80,3 +96,176 @@ def test_an_error_reaches_the_caller_as_its_sentence(work):
         "music holds no music that can be used (1 x cannot be read as audio): give"
     )
     assert not (work / DATASET_FILE).exists()
+
+
+@pytest.mark.slow
+def test_texts_that_are_too_long_are_cut_and_told_of(work):
+    job, place = read_job(work)
+    write_job(work, replace(job, one_same_description=None), place)
+    (work.parent / "music" / "Lied ä.txt").write_text("slow piano " * 5000)
+    (line,) = (line for line in run(work) if "cut to" in line)
+    assert line == (
+        f"The texts of 1 files are cut to {TEXT_TOKENS} tokens, some 190 words with their labels: "
+        "a training takes no longer ones."
+    )
+    (example,) = load_prepared(work / DATASET_FILE).examples
+    encoder = load_text_encoder(job.version)
+    assert 0.9 * TEXT_TOKENS < count(example.metadata.description, encoder) <= TEXT_TOKENS
+
+
+@pytest.mark.slow
+def test_a_description_that_is_too_long_is_refused_before_the_music_is_touched(work):
+    job, place = read_job(work)
+    write_job(work, replace(job, one_same_description="piano " * 300), place)
+    with pytest.raises(TrainingError, match=r"^one_same_description has \d+ tokens, a training"):
+        run(work)
+    assert not Path(place.data).exists()
+
+
+# How long texts may be
+
+
+@pytest.fixture(params=[BUNDLED / "tiny/t5", GOLDEN / "t5_tiny"], ids=["tiny", "golden"])
+def encoder(request):
+    """One with tokens for bytes, and one with a token for whatever it does not know."""
+    return T5Conditioner(partial(Path, request.param), 1, 1)
+
+
+def count(text, encoder):
+    return encoder.tokenize([text])["input_ids"].shape[1]
+
+
+def dataset(*clips):
+    """A dataset of clips, each the name of its file and what is known of it."""
+    examples = [
+        Example(f"{n}", name, name, 0.0, 30.0, Path("codes"), known)
+        for n, (name, known) in enumerate(clips)
+    ]
+    return Prepared(tuple(examples), DatasetReport("music", "key", (), (), ()), {})
+
+
+def texts(known):
+    """Some of those that a clip is trained with, all of it in a random order among them."""
+    for merge in ConditionSettings(), ConditionSettings(merge_text_p=1, drop_desc_p=0):
+        for p in (0.5, 1.0):
+            for seed in range(10):
+                settings = replace(merge, drop_other_p=p)
+                rng = random.Random(seed)  # noqa: S311 - not for secrets
+                metadata = parse_metadata(asdict(known))
+                yield merge_metadata(known.description, metadata, settings, rng)
+
+
+def longest(known, encoder):
+    return max((count(text, encoder) for text in {*texts(known)} if text), default=0)
+
+
+def told(caplog):
+    return [record.message for record in caplog.records if record.name == prepare.__name__]
+
+
+LABELS = ClipMetadata(
+    title="T " * 1000,
+    key="C# minor",
+    bpm=120.0,
+    genre=("Rock", "Hip hop"),
+    moods=("Dark",),
+    instrument=("piano", "guitar"),
+)
+"""Of some 50 tokens; the title is not merged into texts."""
+
+
+def described(words):
+    return replace(LABELS, description=" ".join(["piano"] * words))
+
+
+def test_texts_up_to_the_limit_stay_as_they_are(encoder, caplog):
+    words = TEXT_TOKENS - longest(LABELS, encoder)
+    while longest(described(words), encoder) > TEXT_TOKENS:
+        words -= 1
+    fits, more = described(words), described(words + 2)
+    assert longest(fits, encoder) > TEXT_TOKENS - 3
+    prepared = dataset(("a.wav", fits), ("b.wav", LABELS), ("c.wav", ClipMetadata()))
+    assert shorten(prepared, encoder) == prepared
+    assert not told(caplog)
+    prepared = dataset(("a.wav", fits), ("b.wav", more))
+    first, second = shorten(prepared, encoder).examples
+    assert first.metadata == fits
+    assert second.metadata != more
+
+
+def test_short_texts_need_no_text_encoder():
+    encoder = load_text_encoder("tiny")
+    prepared = dataset(("a.wav", replace(LABELS, description="slow piano")))
+    assert shorten(prepared, encoder) == prepared
+    check_description("slow piano, " * 10, encoder)
+    check_description(None, encoder)
+    assert encoder.loaded is None
+
+
+def test_descriptions_are_cut_at_a_word_and_labels_stay(encoder, caplog):
+    said = "slow piano and a warm guitar. " * 300
+    long = replace(LABELS, description=said.strip())
+    prepared = dataset(
+        ("a.wav", long), ("a.wav", replace(long, moods=("Calm",))), ("b.wav", LABELS)
+    )
+    *cut, same = shorten(prepared, encoder).examples
+    assert same.metadata == LABELS
+    for example, moods in zip(cut, (("Dark",), ("Calm",)), strict=True):
+        known = example.metadata
+        assert said.startswith(f"{known.description} ")
+        assert replace(known, description=None) == replace(LABELS, moods=moods)
+        assert 0.9 * TEXT_TOKENS < longest(known, encoder) <= TEXT_TOKENS
+    (line,) = told(caplog)
+    assert line.startswith(f"The texts of 1 files are cut to {TEXT_TOKENS} tokens, ")
+
+
+def test_neither_a_description_nor_labels_take_all_the_room(encoder):
+    keywords = tuple(f"word {number}" for number in range(10_000))
+    long = replace(LABELS, description="slow piano " * 1000, keywords=keywords)
+    (example,) = shorten(dataset(("a.wav", long)), encoder).examples
+    known = example.metadata
+    assert longest(known, encoder) <= TEXT_TOKENS
+    assert known.keywords == keywords[: len(known.keywords)] != ()
+    assert replace(known, description=None, keywords=()) == LABELS
+    assert count(known.description, encoder) > TEXT_TOKENS / 4
+    labels = (*known.keywords, *known.genre, *known.instrument)
+    assert count(", ".join(labels), encoder) > TEXT_TOKENS / 4
+    # A short description leaves its room.
+    short = replace(long, description="slow piano")
+    (example,) = shorten(dataset(("a.wav", short)), encoder).examples
+    assert example.metadata.description == "slow piano"
+    assert len(example.metadata.keywords) > len(known.keywords)
+    assert longest(example.metadata, encoder) <= TEXT_TOKENS
+
+
+@pytest.mark.parametrize(
+    "known",
+    [
+        ClipMetadata(description="x" * 65_536),
+        ClipMetadata(description="piano " + "x" * 65_536),
+        ClipMetadata(description="\u66f2" * 20_000),
+        ClipMetadata(description="\ufdfa" * 300),  # 18 letters each, once they are made plain
+        ClipMetadata(description="PIANO \u0130\u023a " * 400),
+        ClipMetadata(description="piano", key="c " * 30_000),
+        ClipMetadata(genre=tuple(f"Rock {n}" for n in range(300)), bpm=1e308),
+        ClipMetadata(instrument=("x" * 65_536,)),
+    ],
+    ids=lambda known: next(name for name, value in asdict(known).items() if value),
+)
+def test_no_text_is_longer_than_memory_is_planned_for(known, encoder):
+    (example,) = shorten(dataset(("a.wav", known)), encoder).examples
+    assert longest(example.metadata, encoder) <= TEXT_TOKENS
+
+
+def test_a_description_of_all_the_music_is_refused_where_it_is_too_long(encoder):
+    words = ["piano"] * TEXT_TOKENS
+    while count(" ".join(words), encoder) > TEXT_TOKENS:
+        words.pop()
+    check_description(" ".join(words), encoder)
+    text = " ".join([*words, "piano"])
+    with pytest.raises(InputError) as caught:
+        check_description(text, encoder)
+    assert str(caught.value) == (
+        f"one_same_description has {count(text, encoder)} tokens, a training takes {TEXT_TOKENS} "
+        "at most: shorten it to some 190 words."
+    )
