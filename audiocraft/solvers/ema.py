@@ -15,6 +15,18 @@ from audiocraft.solvers.sharding import local
 
 # TensorFlow's rule: `num_updates` of tf.train.ExponentialMovingAverage.
 _WARM_UP_FROM, _WARM_UP_OVER = 1, 10
+_OFFICIAL_EVERY, _LEAST_STEPS = 10, 30
+
+
+def updates_per_step(updates: int) -> int:
+    """Updates from step to step of the average: officially 10, fewer in a run of less than 300.
+
+    What comes after the last step is in no average; like this it is under a thirtieth of the run.
+
+    Args:
+        updates: of the whole run.
+    """
+    return min(_OFFICIAL_EVERY, max(1, updates // _LEAST_STEPS))
 
 
 class Ema:
@@ -35,7 +47,7 @@ class Ema:
         weights: name to float32 weight; those that are trained. Of spread ones each process
             averages its part.
         decay: 0 to 1, per step.
-        every: updates from step to step, see `after`.
+        every: updates from step to step, see `updates_per_step`.
         warmup: lower decays at first.
         device: where the average is kept, such as `cpu` to save a GPU's memory; beside each weight
             if not given.

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
 
 from audiocraft.errors import InputError, TrainingError
 from audiocraft.models.lm import LMModel, LMOutput
@@ -30,7 +31,7 @@ from audiocraft.solvers.conditions import (
     drop_words,
     merge_metadata,
 )
-from audiocraft.solvers.ema import Ema
+from audiocraft.solvers.ema import Ema, updates_per_step
 from audiocraft.solvers.loss import CodebookLoss, clip_mask, codebook_loss, count_targets
 from audiocraft.solvers.optimizers import (
     OptimizerSettings,
@@ -44,8 +45,6 @@ from audiocraft.solvers.schedules import ScheduleName, lr_factor, set_lr
 from audiocraft.solvers.sharding import clip_gradients, local, shard, take_apart, whole
 
 logger = logging.getLogger(__name__)
-
-_NULL_CHROMA_FRAMES = 5  # golden test `lm_tiny_melody`: what no melody is in training
 
 
 @dataclass(frozen=True)
@@ -206,7 +205,11 @@ class Trainer:
         self._weights = _trained(lm)
         self.optimizer = build_optimizer(settings.optimizer, parameter_groups(lm))
         self._base_lr: float = self.optimizer.param_groups[0]["lr"]
-        self.ema = Ema(self._weights, device="cpu" if settings.ema_on_host else None)
+        self.ema = Ema(
+            self._weights,
+            every=updates_per_step(settings.updates),
+            device="cpu" if settings.ema_on_host else None,
+        )
         self._replicated: DistributedDataParallel | None = None
         if joined and not self._sharded:
             self._replicated = DistributedDataParallel(
@@ -233,6 +236,20 @@ class Trainer:
         last = self.settings.updates if until is None else until
         while self.update < last:
             report(self._step(batch_clips(clips, self.settings, self.update + 1)))
+
+    def check_weights(self) -> None:
+        """Look for what the last update may have made of the weights, before they are kept.
+
+        Each process has to call it.
+
+        Raises:
+            TrainingError: one that is trained is not finite.
+        """
+        norm = whole(get_total_norm([weight.detach() for weight in self._weights.values()])).item()
+        if not math.isfinite(norm):
+            raise TrainingError(
+                f"The norm of the weights after update {self.update} is {norm}: give a lower lr."
+            )
 
     @torch.no_grad()
     def evaluate(
@@ -394,7 +411,11 @@ class Trainer:
         return count_targets(self.lm.pattern_provider.delays, frames, lengths)
 
     def _tokens(self, texts: Sequence[str | None], drops: Drops) -> dict[str, dict[str, Tensor]]:
-        """Tokens of a batch's texts, by name of the condition."""
+        """Tokens of a batch's texts, by name of the condition.
+
+        They are padded to the longest of them, and padding counts (nothing masks it): so those of
+        the whole batch are made together, and divided over processes and micro-batches after.
+        """
         tokens = {}
         for name in self.lm.condition_provider.text_conditions:
             conditioner = cast("T5Conditioner", self.lm.condition_provider.conditioners[name])
@@ -414,7 +435,8 @@ class Trainer:
             chroma[..., 0] = 1.0  # as silence has it, golden test `lm_tiny_melody`
             return chroma, torch.ones(shape, dtype=torch.long, device=self.lm.device)
         if is_dropped:
-            shape = (len(clips), _NULL_CHROMA_FRAMES)
+            # No melody is a single sample, golden test `lm_tiny_melody`, case `train_cfg.allnull`.
+            shape = (len(clips), conditioner.chroma.num_frames(1))
             chroma = torch.zeros(*shape, conditioner.chroma.n_chroma, device=self.lm.device)
             return chroma, torch.zeros(shape, dtype=torch.long, device=self.lm.device)
         given = [clip.chroma for clip in clips if clip.chroma is not None]

@@ -5,6 +5,7 @@ and leaves checkpoints and exported weights. The first process speaks, and write
 """
 
 import logging
+import math
 import os
 import sys
 import time
@@ -58,6 +59,8 @@ from audiocraft.solvers.state import (
 logger = logging.getLogger(__name__)
 
 _SAVE_EVERY_S: Final = 600.0
+_PAUSE_S: Final = 60.0  # least from one checkpoint to that of an epoch's end
+_SMALL: Final = 50_000_000  # trained weights, with a state of some 1 GB: it is saved in each epoch
 _MANY_PASSES: Final = 20
 _LINES: Final = 10  # of an epoch
 # A process may wait while the first one hashes a base or writes a checkpoint of many GB.
@@ -87,7 +90,8 @@ def main() -> None:
     first = int(os.environ.get("RANK", "0")) == 0
     log_to_stdout(logging.INFO if first else logging.ERROR)
     trained, held_out = hold_out(load_prepared(work / DATASET_FILE).examples, job.seed)
-    bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    can = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    bfloat16 = _all_can(can, place.processes, device)
     base = _load_base(job, device, bfloat16=bfloat16)
     settings = _settings(job, place, base.cfg, len(trained), bfloat16=bfloat16)
     trainer = Trainer(base.lm, settings)
@@ -108,6 +112,15 @@ def _join(place: Place) -> torch.device:
             "nccl" if on_gpu else "gloo", timeout=_PATIENCE, device_id=device if on_gpu else None
         )
     return device
+
+
+def _all_can(can: bool, processes: int, device: torch.device) -> bool:
+    """Whether all processes can do something: DDP needs weights of one type in all of them."""
+    if processes == 1:
+        return can
+    said = torch.tensor([can], dtype=torch.int32, device=device)
+    distributed.all_reduce(said, distributed.ReduceOp.MIN)
+    return bool(said.item())
 
 
 def _load_base(job: TrainingJob, device: torch.device, *, bfloat16: bool) -> _Base:
@@ -185,7 +198,9 @@ class _Run:
         self._base = base
         self._state = state
         self._every = max(1, state.updates_per_epoch // _LINES)
-        self._began = self._saved = self._spoken = time.monotonic()
+        trained = sum(weight.numel() for weight in base.lm.parameters() if weight.requires_grad)
+        self._is_small = trained <= _SMALL
+        self._began = self._counted = self._saved = self._spoken = time.monotonic()
         self._start = self._said = 0
 
     def train(self, clips: Sequence[Clip], measured: Sequence[Clip]) -> None:
@@ -203,19 +218,18 @@ class _Run:
             self._validate(measured)
         trainer, state = self._trainer, self._state
         self._start = self._said = trainer.update
-        self._began = self._saved = self._spoken = time.monotonic()
+        self._began = self._counted = self._saved = self._spoken = time.monotonic()
         while trainer.update < state.updates:
             epoch = trainer.update // state.updates_per_epoch + 1
-            end = epoch * state.updates_per_epoch
             try:
-                trainer.train(clips, self._after_update, end)
+                trainer.train(clips, self._after_update, epoch * state.updates_per_epoch)
+                trainer.check_weights()
+                if measured:
+                    self._validate(measured)
             except TrainingError as error:
                 raise self._stopped(error) from error
-            if measured:
-                self._validate(measured)
-            self._export()
-            self._save()
-            logger.info("Epoch %d of %d is done, and saved.", epoch, self._job.epochs)
+            saved = ", and saved" if self._keep(is_measured=bool(measured)) else ""
+            logger.info("Epoch %d of %d is done%s.", epoch, self._job.epochs, saved)
 
     def _announce(self) -> None:
         state = self._state
@@ -268,6 +282,7 @@ class _Run:
             self._speak(update)
         is_end = update.number % state.updates_per_epoch == 0
         if not is_end and self._agreed(time.monotonic() - self._saved > _SAVE_EVERY_S):
+            self._trainer.check_weights()
             self._save()
 
     def _speak(self, update: Update) -> None:
@@ -297,6 +312,13 @@ class _Run:
         state = self._state
         found = self._trainer.evaluate(measured, averaged=True)
         loss, parts = float(found.total), tuple(found.per_codebook.tolist())
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"The validation loss after update {state.update} is {loss}: give a lower lr."
+                if state.update
+                else f"The validation loss of {self._job.version} is {loss} before its first "
+                "update: give another model_version, or other music."
+            )
         best = state.best_loss
         state.validation.append(Measured(state.update, loss, parts))
         if state.update == 0:
@@ -311,13 +333,38 @@ class _Run:
             ", the best so far" if state.best == state.update else f" (best: {best:.4f})",
         )
 
+    def _keep(self, *, is_measured: bool) -> bool:
+        """Export and save what an epoch has come to, as far as that is of use.
+
+        A checkpoint of a large model takes as long as many updates, and from the one before, all
+        that came since is made again bit for bit. The best weights are exported at once, for at the
+        next checkpoint they are gone; where nothing is measured, the last ones go with it.
+
+        Args:
+            is_measured: whether the best weights are known, which are the result then.
+
+        Returns:
+            Whether it is saved.
+        """
+        state = self._state
+        is_last = state.update == state.updates
+        waited = time.monotonic() - self._saved >= _PAUSE_S
+        is_saved = is_last or self._is_small or self._agreed(waited)
+        is_of_use = state.best == state.update if is_measured else is_saved
+        if is_last or is_of_use:
+            self._export()
+        if is_saved:
+            self._save()
+        return is_saved
+
     def _export(self) -> None:
-        """Write the averaged weights; those that are no longer of use go with the checkpoint."""
+        """Write the averaged weights, after those are removed that are no longer of use."""
         state, base = self._state, self._base
         weights = self._trainer.exported_state()
         state.exported = state.update
         if weights is None:
             return
+        remove_weights(self._work, {state.best})
         save_finetune(
             weights_file(self._work, state.update),
             weights,
@@ -331,7 +378,8 @@ class _Run:
     def _save(self) -> None:
         state, trainer = self._state, self._trainer
         now = time.monotonic()
-        state.seconds += now - self._saved
+        state.seconds += now - self._counted
+        self._counted = now
         own = trainer.state_dict() if trainer.rank == 0 or state.sharded else None
         save_checkpoint(
             self._work,
@@ -343,8 +391,8 @@ class _Run:
             barrier=self._barrier(),
         )
         if trainer.rank == 0:
-            remove_weights(self._work, {state.best, state.exported})
-        self._saved = now
+            remove_weights(self._work)
+        self._saved = time.monotonic()  # a large one takes minutes
 
     def _barrier(self) -> Callable[[], object]:
         return distributed.barrier if self._trainer.ranks > 1 else lambda: None
@@ -359,16 +407,15 @@ class _Run:
 
     def _stopped(self, error: TrainingError) -> TrainingError:
         """The error, with what is kept; the same settings would end the same way."""
-        text, kept = str(error).removesuffix("."), read_state(self._work)
-        if kept is None:
-            return TrainingError(f"{text}; nothing was saved yet.")
-        said = f"the checkpoint of update {kept.update}"
-        update = kept.exported if kept.best is None else kept.best
+        text, state, saved = str(error).removesuffix("."), self._state, read_state(self._work)
+        kept = [f"the checkpoint of update {saved.update}"] if saved else []
+        update = state.exported if state.best is None else state.best
         if update is not None:
-            said += (
-                f" and, as replicate_weights takes them, {weights_file(self._work, update).name}"
-            )
-        return TrainingError(f"{text}, or use what is kept in {self._work}: {said}.")
+            name = weights_file(self._work, update).name
+            kept.append(f"as replicate_weights takes them, {name}")
+        if not kept:
+            return TrainingError(f"{text}; nothing was saved yet.")
+        return TrainingError(f"{text}, or use what is kept in {self._work}: {' and, '.join(kept)}.")
 
 
 if __name__ == "__main__":

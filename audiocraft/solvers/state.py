@@ -105,9 +105,19 @@ def weights_file(work: Path, update: int) -> Path:
     return work / f"weights-{update}.safetensors"
 
 
-def remove_weights(work: Path, kept: Collection[int | None]) -> None:
-    """Remove exported weights, but for those after some updates."""
-    names = {weights_file(work, update).name for update in kept if update is not None}
+def remove_weights(work: Path, kept: Collection[int | None] = ()) -> None:
+    """Remove exported weights, but for those that the checkpoint names.
+
+    Args:
+        work: the folder of the training.
+        kept: updates whose weights stay as well.
+
+    Raises:
+        TrainingError: the checkpoint is broken.
+    """
+    state = read_state(work)
+    named = (state.best, state.exported) if state else ()
+    names = {weights_file(work, update).name for update in (*kept, *named) if update is not None}
     for path in work.glob("weights-*.safetensors"):
         if path.name not in names:
             path.unlink()
@@ -131,9 +141,10 @@ def check_resumable(state: RunState, ranks: int, *, sharded: bool) -> None:
             f"{'sharded over' if parted else 'in'} {number} process{'es' * (number > 1)}"
             for parted, number in ((state.sharded, state.ranks), (sharded, ranks))
         )
+        remedy = "give it as many GPUs as before" if state.sharded else "free memory on the GPUs"
         raise InputError(
-            f"This training was {was} and would now be {now}: give it as many GPUs as before, or "
-            "begin again with --fresh."
+            f"This training was {was} and would now be {now}: {remedy}, or begin again with "
+            "--fresh."
         )
 
 

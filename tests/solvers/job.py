@@ -28,6 +28,10 @@ def main() -> None:
     say(f"agent {os.getppid()}")
     if processes > 1:
         distributed.barrier()
+    if action == "agree":
+        from audiocraft.solvers.rounds import _all_can
+
+        say(f"all can: {_all_can(rank != who, processes, torch.device('cpu'))}")
     if action == "wait":
         say("ready")
         while True:

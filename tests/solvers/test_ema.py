@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from audiocraft.errors import InputError, WeightsError
-from audiocraft.solvers.ema import Ema
+from audiocraft.solvers.ema import Ema, updates_per_step
 
 
 def weights(*values):
@@ -55,6 +55,19 @@ def test_a_step_follows_every_so_many_updates():
         ema.after(update)
     assert ema.steps == 3
     assert 20 < ema.average["w0"].item() < 30
+
+
+@pytest.mark.parametrize(
+    ("updates", "every"),
+    [(1, 1), (19, 1), (59, 1), (60, 2), (150, 5), (299, 9), (300, 10), (1000, 10), (10**9, 10)],
+)
+def test_a_long_run_has_the_official_steps_and_a_short_one_more(updates, every):
+    assert updates_per_step(updates) == every
+
+
+def test_hardly_an_update_is_left_out():
+    for updates in range(1, 2000):
+        assert updates % updates_per_step(updates) < updates / 30
 
 
 @pytest.mark.parametrize("device", [None, "cpu"])

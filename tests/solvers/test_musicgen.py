@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from audiocraft.errors import InputError, TrainingError
 from audiocraft.models.builders import get_lm_model
 from audiocraft.models.loaders import read_checkpoint
-from audiocraft.modules.lora import adapter_parameters, detach, load_adapter_state
+from audiocraft.modules.lora import adapter_parameters, adapter_state, detach
 from audiocraft.solvers.checkpoints import find_checkpoint, load_state, save_checkpoint
 from audiocraft.solvers.conditions import ConditionSettings
 from audiocraft.solvers.loss import count_targets
@@ -141,6 +142,35 @@ def test_a_loss_that_is_no_number_stops_the_run():
     assert trainer.update == 0
 
 
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_weights_that_are_no_numbers_are_found(lora_rank):
+    """Also those that no loss has met yet."""
+    trainer, data = Case(lora_rank=lora_rank).trainer(), clips()
+    trainer.train(data, lambda _: None, 2)
+    trainer.check_weights()
+    for wrong in (math.inf, math.nan):
+        with torch.no_grad():
+            trainer.optimizer.param_groups[0]["params"][-1].view(-1)[-1] = wrong
+        with pytest.raises(
+            TrainingError,
+            match=rf"^The norm of the weights after update 2 is {wrong}: give a lower lr\.$",
+        ):
+            trainer.check_weights()
+
+
+def test_the_average_of_a_short_run_has_all_its_updates():
+    settings = replace(SETTINGS, updates=15, schedule="linear_warmup")
+    trainer, averages = Trainer(model(), settings), []
+
+    def note(_):
+        averages.append(trainer.ema.average["out_norm.weight"].clone())
+
+    trainer.train(clips(), note)
+    assert len(averages) == 15
+    for before, after in pairwise(averages):
+        assert not torch.equal(before, after)
+
+
 def test_clips_without_what_the_version_needs():
     data = [replace(clip, chroma=None) for clip in clips()]
     trainer = Trainer(model(), replace(SETTINGS, conditions=ConditionSettings(cfg_p=0)))
@@ -206,8 +236,9 @@ def test_adapters_on_a_base_of_16_bit(tmp_path):
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_what_is_exported_is_the_average(lora_rank):
     """In 16 bit, of which another trainer says the same."""
-    case = Case(kind="mono", lora_rank=lora_rank)
-    trainer, data = case.trainer(), clips(num_codebooks=4)
+    # At a rate that does not come down, so that the last updates are not all alike.
+    settings = replace(Case().settings(), schedule="linear_warmup")
+    trainer, data = Trainer(model("mono", lora_rank), settings), clips(num_codebooks=4)
     start = trainer.exported_state()
     for name, weight in (adapter_parameters(trainer.lm) or trainer.lm.state_dict()).items():
         assert torch.equal(start[name], weight.half())  # no step yet
@@ -221,9 +252,10 @@ def test_what_is_exported_is_the_average(lora_rank):
     assert all(torch.equal(value, own[name]) for name, value in trainer.lm.state_dict().items())
     apart = trainer.evaluate(data, averaged=False)
     assert (apart.sums - expected.sums).abs().max() > 1
-    other = Trainer(model("mono", lora_rank), case.settings())
+    other = Trainer(model("mono", lora_rank), settings)
     if lora_rank:
-        load_adapter_state(other.lm, state)
+        for name, value in adapter_state(other.lm).items():
+            value.copy_(state[name])
     else:
         other.lm.load_state_dict(state)
     close(float(other.evaluate(data).total), float(expected.total), 1e-4)

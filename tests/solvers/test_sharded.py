@@ -98,6 +98,14 @@ def test_a_sharded_run_is_resumed_bit_for_bit(ranks):
         close(ours["state"], theirs["state"], 0.0)
 
 
+@pytest.mark.parametrize("name", ["melody", "adapters of 16 bit"])
+def test_each_process_knows_of_a_weight_that_is_no_number_in_one(name, ranks):
+    for rank in ranks:
+        assert rank[name]["refused"] == (
+            "The norm of the weights after update 20 is nan: give a lower lr."
+        )
+
+
 def test_each_process_has_its_part(ranks):
     """Of weights, of the optimizer's state and of the average."""
     first, second = (rank["prodigy"]["state"] for rank in ranks)

@@ -75,15 +75,37 @@ def test_processes_that_can_go_on(was, now):
 @pytest.mark.parametrize(
     ("was", "now", "sentence"),
     [
-        ((2, True), (4, True), "was sharded over 2 processes and would now be sharded over 4"),
-        ((8, True), (1, False), "was sharded over 8 processes and would now be in 1 process:"),
-        ((2, False), (2, True), "was in 2 processes and would now be sharded over 2 processes"),
+        (
+            (2, True),
+            (4, True),
+            (
+                "was sharded over 2 processes and would now be sharded over 4 processes: give it "
+                "as many GPUs as before"
+            ),
+        ),
+        (
+            (8, True),
+            (1, False),
+            (
+                "was sharded over 8 processes and would now be in 1 process: give it as many GPUs "
+                "as before"
+            ),
+        ),
+        (
+            (2, False),
+            (2, True),
+            (
+                "was in 2 processes and would now be sharded over 2 processes: free memory on the "
+                "GPUs"
+            ),
+        ),
     ],
 )
 def test_processes_that_cannot(was, now, sentence):
     state = replace(STATE, ranks=was[0], sharded=was[1])
-    with pytest.raises(InputError, match=rf"^This training {sentence}.* with --fresh\.$"):
+    with pytest.raises(InputError) as caught:
         check_resumable(state, now[0], sharded=now[1])
+    assert str(caught.value) == f"This training {sentence}, or begin again with --fresh."
 
 
 def test_which_weights_are_exported_and_why():
@@ -106,6 +128,17 @@ def test_weights_that_are_of_use_stay(tmp_path):
         "weights-10.safetensors",
         "weights-30.safetensors",
     ]
+
+
+def test_weights_that_the_checkpoint_names_stay(tmp_path):
+    save_checkpoint(tmp_path, 30, {}, replace(STATE, best=10, exported=20).notes())
+    updates = (10, 20, 40, 50)
+    for update in updates:
+        weights_file(tmp_path, update).touch()
+    remove_weights(tmp_path, {50})
+    assert [update for update in updates if weights_file(tmp_path, update).exists()] == [10, 20, 50]
+    remove_weights(tmp_path)
+    assert [update for update in updates if weights_file(tmp_path, update).exists()] == [10, 20]
 
 
 @pytest.mark.parametrize(

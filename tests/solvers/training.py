@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import distributed
 
+from audiocraft.errors import TrainingError
 from audiocraft.models.loaders import build_lm_model, read_checkpoint
 from audiocraft.modules.lora import attach, lora_config
 from audiocraft.solvers.checkpoints import find_checkpoint, load_state, save_checkpoint
@@ -17,6 +18,7 @@ from audiocraft.solvers.conditions import ConditionSettings, parse_metadata
 from audiocraft.solvers.launch import launch
 from audiocraft.solvers.musicgen import Clip, Trainer, TrainSettings
 from audiocraft.solvers.optimizers import OptimizerSettings
+from audiocraft.solvers.sharding import local
 from tests.golden_data import GOLDEN
 
 FRAMES = 60
@@ -148,7 +150,22 @@ def train(case, folder):
         "counts": evaluated.counts.tolist(),
         "exported": trainer.exported_state(),
         "state": copy.deepcopy(trainer.state_dict()),
+        "refused": refused(trainer),
     }
+
+
+def refused(trainer):
+    """What is said where one process alone has a weight that is no number."""
+    trainer.check_weights()
+    if trainer.rank == trainer.ranks - 1:
+        with torch.no_grad():
+            parts = [local(weight) for weight in trainer.lm.parameters() if weight.requires_grad]
+            next(part for part in parts if part.numel()).fill_(float("nan"))
+    try:
+        trainer.check_weights()
+    except TrainingError as error:
+        return str(error)
+    return None
 
 
 def train_in(processes, cases, folder):
