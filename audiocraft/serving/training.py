@@ -177,6 +177,8 @@ def describe(request: TrainingRequest, vocabularies: Vocabularies) -> None:
     describe_run(
         _job(request, vocabularies, processes),
         dataset,
+        runs=RUNS.absolute(),
+        weights=WEIGHTS.absolute(),
         processes=processes,
         allow_cpu=_allow_cpu(),
         log=_log,
@@ -233,6 +235,11 @@ def _processes() -> int:
             "leave it out for a single process."
         )
     devices = len(find_devices())
+    if not devices:
+        logger.warning(
+            "There is no GPU that torch can use, so this trains on the CPU, many times slower; if "
+            "there should be one, look with nvidia-smi."
+        )
     if devices and "TRAIN_PROCESSES" in os.environ and wanted != devices:
         logger.warning(
             "TRAIN_PROCESSES=%d is for machines without a GPU; with CUDA_VISIBLE_DEVICES you "

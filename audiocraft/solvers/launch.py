@@ -17,14 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from audiocraft.errors import TrainingError
 
 _POLL_S: Final = 0.1
-_TAKES_LESS: Final = "lora_rank=16 or a smaller model_version takes less"
+_FREE_MEMORY: Final = "end what else uses memory, and start the training again"
 _GO_ON: Final = "start the training again, which goes on from its last checkpoint if there is one"
 _END_S: Final = 10.0
 
@@ -34,8 +34,9 @@ def launch(
     arguments: Sequence[str],
     processes: int,
     log: Callable[[str], None],
-    environment: Mapping[str, str] | None = None,
+    *,
     remedy: str = _GO_ON,
+    memory_remedy: str = _FREE_MEMORY,
 ) -> None:
     """Run a module in several processes of `torch.distributed` and wait for the end of all.
 
@@ -47,8 +48,8 @@ def launch(
         arguments: its arguments.
         processes: how many.
         log: takes each line that any of them prints, as it comes.
-        environment: variables beside those of this process.
         remedy: a clause for the message, where a process does not say itself what helps.
+        memory_remedy: the same, where it lacked memory.
 
     Raises:
         TrainingError: a process failed, with its own message, or was killed.
@@ -62,7 +63,7 @@ def launch(
             try:
                 process = subprocess.Popen(  # noqa: S603 - our own interpreter and modules
                     command,
-                    env=_environment(processes, environment or {}),
+                    env=_environment(processes),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
@@ -79,11 +80,12 @@ def launch(
             if process is not None:
                 _end(process)
         if process.returncode:
-            raise TrainingError(_reason(Path(folder), process.returncode, remedy))
+            raise TrainingError(_reason(Path(folder), process.returncode, remedy, memory_remedy))
 
 
-def _environment(processes: int, more: Mapping[str, str]) -> dict[str, str]:
-    threads = max(1, (os.cpu_count() or 1) // processes)
+def _environment(processes: int) -> dict[str, str]:
+    # Of the CPUs that this process may use, as Slurm and containers allot them.
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
     package = str(Path(__file__).parents[2])
     paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
     return {
@@ -91,7 +93,6 @@ def _environment(processes: int, more: Mapping[str, str]) -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": paths,
         "PYTHONUNBUFFERED": "1",
-        **more,
     }
 
 
@@ -133,7 +134,7 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     process.stdout.close()
 
 
-def _reason(folder: Path, status: int, remedy: str) -> str:
+def _reason(folder: Path, status: int, remedy: str, memory_remedy: str) -> str:
     """What went wrong first, from what agent and ranks have left."""
     said = [left for path in sorted(folder.glob("rank-*.json")) if (left := _read(path))]
     ended: dict[str, int] = _read(folder / "agent.json")
@@ -146,14 +147,14 @@ def _reason(folder: Path, status: int, remedy: str) -> str:
         rank, number = min(killed.items())
         how = f"was killed by {_name(number)}"
         if number == signal.SIGKILL:
-            how, remedy = f"{how}, most likely for lack of memory", _TAKES_LESS
+            how, remedy = f"{how}, most likely for lack of memory", memory_remedy
         return f"Training process {rank} {how}: {remedy}."
     if said:
         first = min(said, key=lambda item: item["time"])
         if first["is_ours"]:
             return str(first["message"])
         if first["short_of_memory"]:
-            return f"Training process {first['rank']} ran out of memory: {_TAKES_LESS}."
+            return f"Training process {first['rank']} ran out of memory: {memory_remedy}."
         return f"Training process {first['rank']} failed ({first['message']}): {remedy}."
     if failures:
         rank, code = min(failures.items())

@@ -1,14 +1,11 @@
 """What a training needs on disk: the files of its version, and room for its own."""
 
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 from omegaconf import DictConfig
-from torch import Tensor
 
 from audiocraft.assets.download import check_space
 from audiocraft.assets.store import PARTS, fetch, fetch_folder
@@ -19,35 +16,21 @@ from audiocraft.models.loaders import (
     check_config,
     config_in_use,
     find_file,
-    official_key,
     read_checkpoint,
     text_encoder_of,
 )
+from audiocraft.models.shapes import shape_of
 from audiocraft.models.versions import VERSIONS
-from audiocraft.modules.lora import DEFAULT_TARGETS
 from audiocraft.modules.stems import HTDEMUCS, separator_files
 from audiocraft.solvers.job import TrainingJob
-from audiocraft.solvers.memory import OPTIMIZER_BYTES
+from audiocraft.solvers.memory import memory_need
+from audiocraft.solvers.plan import Plan
 
-_FLOAT32, _FLOAT16 = 4, 2  # bytes
 _CHECKPOINTS: Final = 2  # the last one stays until the next is whole
 _EXPORTS: Final = 3  # the best, the last, and the next
 
 
-@dataclass(frozen=True)
-class Base:
-    """What a training begins from, on disk.
-
-    Attributes:
-        melody: whether it follows a melody.
-        trained: how many weights are trained.
-    """
-
-    melody: bool
-    trained: int
-
-
-def fetch_base(job: TrainingJob) -> Base:
+def fetch_base(job: TrainingJob) -> None:
     """Have all files of a job's version on disk, and the separator if it is needed.
 
     No tensor is read.
@@ -80,7 +63,6 @@ def fetch_base(job: TrainingJob) -> Base:
             fetch_folder(f"google-t5/{name}", PARTS["t5-base"][1])
     if job.stems or hears_stems:
         separator_files(partial(fetch, PARTS[HTDEMUCS][0]), HTDEMUCS)
-    return Base("self_wav" in cfg.conditioners, _trained(checkpoint.state, job.lora_rank))
 
 
 def _hears_stems(cfg: DictConfig) -> bool:
@@ -89,33 +71,59 @@ def _hears_stems(cfg: DictConfig) -> bool:
     return melody is not None and melody.chroma_stem.get("stems", "vocals+other") != "mix"
 
 
-def _trained(state: Mapping[str, Tensor], rank: int) -> int:
-    """Number of the trained weights."""
-    if not rank:
-        return sum(tensor.numel() for tensor in state.values())
-    adapted = [
-        tensor.shape for key, tensor in state.items() if official_key(key).endswith(DEFAULT_TARGETS)
-    ]
-    return sum(rank * sum(shape) for shape in adapted)
+def _sizes(job: TrainingJob) -> tuple[int, int]:
+    """Bytes of a checkpoint, and of the weights that are exported in 16 bit."""
+    memory = memory_need(shape_of(job.version), job, Plan(), 1, gpu=False, bfloat16=False)
+    # The average is a float32 number for each trained weight, and so is the weight itself.
+    return 2 * memory.average + memory.optimizer, memory.average // 2
 
 
-def check_disk(job: TrainingJob, base: Base, work: Path, weights: Path, dataset: int) -> None:
-    """Refuse a job that the disk has no room for, or whose result has no place.
+def training_need(job: TrainingJob) -> int:
+    """Bytes that a training writes at most, besides its music; nothing need be on disk for that.
 
     Args:
         job: what to train.
-        base: from `fetch_base`.
-        work: its folder.
-        weights: folder of the result.
+    """
+    checkpoint, export = _sizes(job)
+    return _CHECKPOINTS * checkpoint + _EXPORTS * export
+
+
+def check_disk(
+    job: TrainingJob, work: Path, weights: Path, *, written: int = 0, dataset: int = 0
+) -> None:
+    """Refuse a job that the disk has no room for; nothing is written.
+
+    Args:
+        job: what to train.
+        work: its folder, or the one where that will lie; it need not be there.
+        weights: folder of the result; it need not be there.
+        written: bytes of the job that are there already.
         dataset: bytes that preparing the music may write.
 
     Raises:
-        AssetError: there is not enough, with need and have; or it may not be written to.
+        AssetError: there is not enough, with need and have.
     """
-    state = 2 * _FLOAT32 + OPTIMIZER_BYTES[job.optimizer]  # weight, average, optimizer
-    need = base.trained * (_CHECKPOINTS * state + _EXPORTS * _FLOAT16)
-    used = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
-    check_space("This training", work, max(0, need - used) + dataset)
+    need = max(0, training_need(job) - written) + dataset
+    check_space("This training", _existing(work), need)
+    _, export = _sizes(job)
+    check_space("The result of this training", _existing(weights), export)
+
+
+def _existing(folder: Path) -> Path:
+    """A folder, or the nearest one above it that is there."""
+    folder = folder.absolute()
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def check_result_folder(weights: Path) -> None:
+    """Refuse a folder that takes no result; it is made if missing.
+
+    Args:
+        weights: folder of the result.
+
+    Raises:
+        AssetError: it may not be written to.
+    """
     try:
         weights.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=weights).close()
@@ -124,4 +132,3 @@ def check_disk(job: TrainingJob, base: Base, work: Path, weights: Path, dataset:
             f"The result of this training cannot be written to {weights} ({error.strerror}): have "
             "a folder there that may be written to."
         ) from error
-    check_space("The result of this training", weights, base.trained * _FLOAT16)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from audiocraft.assets.parts import is_leftover, read_json, wait_lock, write_json
 from audiocraft.assets.remote import show_size
@@ -22,24 +22,36 @@ from audiocraft.data.dataset import DatasetSettings, disk_need, load_prepared, r
 from audiocraft.data.files import find
 from audiocraft.data.labels import check_label_models
 from audiocraft.data.report import write_report
-from audiocraft.errors import InputError, TrainingError
+from audiocraft.errors import AssetError, InputError, TrainingError
 from audiocraft.models.versions import VERSIONS
-from audiocraft.solvers.checkpoints import job_key, work_folder
+from audiocraft.solvers.checkpoints import CHECKPOINTS, find_checkpoint, job_key, work_folder
 from audiocraft.solvers.devices import Device, find_devices
-from audiocraft.solvers.job import Place, TrainingJob, write_job
+from audiocraft.solvers.job import JOB_FILE, Place, TrainingJob, write_job
 from audiocraft.solvers.launch import launch
 from audiocraft.solvers.memory import estimate_seconds, plan_memory
-from audiocraft.solvers.needs import check_disk, fetch_base
+from audiocraft.solvers.needs import check_disk, check_result_folder, fetch_base, training_need
 from audiocraft.solvers.plan import Plan
 from audiocraft.solvers.prepare import DATASET_FILE
-from audiocraft.solvers.result import WEIGHTS_FILE, describe_training, read_metadata
-from audiocraft.solvers.state import check_resumable, read_state, show_time
+from audiocraft.solvers.result import (
+    WEIGHTS_FILE,
+    choose_weights,
+    describe_training,
+    read_metadata,
+)
+from audiocraft.solvers.state import (
+    RunState,
+    check_resumable,
+    read_state,
+    show_time,
+    weights_file,
+)
 
 REPORT_FILE: Final = "report.json"
 """In the work folder: the fate of each file, labels, settings, losses and times."""
 
 _DATA, _UNPACKED = "data", "unpacked"  # beside the work folders, shared by all jobs
 _RESULT, _TIMES = "result.json", "times.json"  # in the work folder
+_TAKES_LESS: Final = "lora_rank=16 or a smaller model_version takes less"
 _BY_HAND: Final = "make one with the command below"  # a training that has ended makes no samples
 
 Log = Callable[[str], None]
@@ -77,24 +89,34 @@ def run_job(
         AssetError: something is missing on disk, or room.
         TrainingError: a process failed, or the loss is not finite.
     """
-    where = _check(job, processes, allow_cpu=allow_cpu, log=log)
-    base = fetch_base(job)
+    # One that goes on is planned as it began, which is known when its folder is.
+    goes_on = not fresh and _is_begun(job, runs)
+    where = None if goes_on else _check(job, processes, allow_cpu=allow_cpu, log=log)
+    _check_room(job, runs, weights, log)
+    fetch_base(job)
     found = find(dataset, runs / _UNPACKED)
     work = runs / job_key(found.key, asdict(job))
     log(f"Work folder: {work}")
     with work_folder(work, fresh=fresh):
-        finished = _finished(work, weights)
+        state, finished = read_state(work), _finished(work, weights)
         if finished is not None:
             log("This training has ended before: here is its result, nothing is trained again.")
             _show_result(finished, str(read_json(work / _RESULT)["sha256"]), log)
+            if state is not None:
+                _remove_states(work, state)
             return finished
-        state = read_state(work)
-        if state is not None:
-            check_resumable(state, where.processes, sharded=where.plan.sharded)
+        if state is None and not fresh:
+            _show_other_batches(job, found.key, runs, log)
+        if where is None:
+            where = _check(job, processes, state, allow_cpu=allow_cpu, log=log)
         is_prepared = (work / DATASET_FILE).is_file()
         settings = DatasetSettings(job.one_same_description, job.vocabularies, job.stems)
-        needed = 0 if is_prepared else disk_need(found, settings, base.melody)
-        check_disk(job, base, work, weights, needed)
+        needed = 0 if is_prepared else disk_need(found, settings, VERSIONS[job.version].melody)
+        written = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
+        if _has_ended(state):  # and writes nothing but its result
+            written = training_need(job)
+        _check_disk(job, runs, weights, work=work, written=written, dataset=needed)
+        check_result_folder(weights)
         place = Place(
             dataset=str(dataset.absolute()),
             source=dataset.name,
@@ -106,10 +128,16 @@ def run_job(
             plan=where.plan,
         )
         write_job(work, job, place)
-        if state is None or state.update < state.updates:
+        if not _has_ended(state):
             _prepare(work, job, log)
             with _timed(work, "train"):
-                launch("audiocraft.solvers.rounds", [str(work)], where.processes, log)
+                launch(
+                    "audiocraft.solvers.rounds",
+                    [str(work)],
+                    where.processes,
+                    log,
+                    memory_remedy=_TAKES_LESS,
+                )
         return _finish(work, job, place, log)
 
 
@@ -122,8 +150,22 @@ class _Where:
     plan: Plan
 
 
-def _check(job: TrainingJob, processes: int | None, *, allow_cpu: bool, log: Log) -> _Where:
+def _check(
+    job: TrainingJob,
+    processes: int | None,
+    state: RunState | None = None,
+    *,
+    allow_cpu: bool,
+    log: Log,
+) -> _Where:
     """Refuse what can be refused before anything is fetched.
+
+    Args:
+        job: see `run_job`.
+        processes: see `run_job`.
+        state: of a training that goes on; one that has ended is refused nothing.
+        allow_cpu: see `run_job`.
+        log: see `run_job`.
 
     Raises:
         InputError: the job does not fit itself or the machine.
@@ -131,6 +173,8 @@ def _check(job: TrainingJob, processes: int | None, *, allow_cpu: bool, log: Log
     """
     devices = find_devices()
     number = len(devices) or processes or 1
+    if _has_ended(state):
+        return _Where(devices, number, Plan())
     if job.batch_size % number:
         raise InputError(
             f"batch_size is {job.batch_size}, it must be a multiple of the {number} processes."
@@ -141,12 +185,92 @@ def _check(job: TrainingJob, processes: int | None, *, allow_cpu: bool, log: Log
             f"All weights of {job.version} would be trained without a GPU, which takes days: set "
             "ALLOW_CPU=1 to do that, or give lora_rank=16 or model_version=tiny."
         )
-    plan, lines = plan_memory(job, devices, number)
+    sharded = None if state is None else state.sharded
+    if state is not None:
+        check_resumable(state, number, sharded=state.sharded and len(devices) > 1)
+    plan, lines = plan_memory(job, devices, number, sharded=sharded)
     for line in lines:
         log(line)
     if job.vocabularies is not None:
         check_label_models()
     return _Where(devices, number, plan)
+
+
+def _has_ended(state: RunState | None) -> bool:
+    return state is not None and state.update == state.updates
+
+
+def _check_room(job: TrainingJob, runs: Path, weights: Path, log: Log) -> None:
+    """Say what a training takes on disk, and refuse it where that is not there.
+
+    Raises:
+        AssetError: there is not enough.
+    """
+    need = show_size(training_need(job))
+    log(f"Disk: up to {need} in {runs.absolute()} for checkpoints and weights, besides the music.")
+    # One that goes on has written some of it; how much is known when its folder is.
+    if not _is_begun(job, runs):
+        _check_disk(job, runs, weights)
+
+
+def _check_disk(
+    job: TrainingJob,
+    runs: Path,
+    weights: Path,
+    *,
+    work: Path | None = None,
+    written: int = 0,
+    dataset: int = 0,
+) -> None:
+    """As `check_disk` does, and say where there is something to remove."""
+    try:
+        check_disk(job, work or runs, weights, written=written, dataset=dataset)
+    except AssetError as error:
+        if not runs.is_dir():
+            raise
+        text = str(error).removesuffix(".")
+        raise AssetError(
+            f"{text}: earlier trainings and unpacked archives lie in {runs.absolute()}."
+        ) from error
+
+
+def _is_begun(job: TrainingJob, runs: Path) -> bool:
+    """Whether there is a work folder with these settings, for whatever music."""
+    own = _settings(job)
+    return any(settings == own for _, settings in _known(runs))
+
+
+def _show_other_batches(job: TrainingJob, key: str, runs: Path, log: Log) -> None:
+    """Say where the same has begun with another batch_size.
+
+    That may be another because the number of GPUs is, to a multiple of which it is rounded.
+
+    Args:
+        job: that begins.
+        key: of its dataset.
+        runs: see `run_job`.
+        log: see `run_job`.
+    """
+    own = _settings(job)
+    for work, settings in _known(runs):
+        is_same = settings | {"batch_size": job.batch_size} == own
+        if is_same and work.name == job_key(key, settings) and find_checkpoint(work) is not None:
+            size = settings["batch_size"]
+            log(
+                f"A training that differs in batch_size={size} alone has begun in {work}: give "
+                f"batch_size={size}, and processes whose number divides it, to go on with that one."
+            )
+
+
+def _known(runs: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Work folders and their settings."""
+    return [(path.parent, read_json(path).get("job", {})) for path in runs.glob(f"*/{JOB_FILE}")]
+
+
+def _settings(job: TrainingJob) -> dict[str, Any]:
+    """Those of a job, as they are read from its file."""
+    settings: dict[str, Any] = json.loads(json.dumps(asdict(job)))
+    return settings
 
 
 def _prepare(work: Path, job: TrainingJob, log: Log) -> None:
@@ -174,7 +298,14 @@ def _finish(work: Path, job: TrainingJob, place: Place, log: Log) -> Path:
             launch("audiocraft.solvers.result", [str(work)], 1, log)
         try:
             with _timed(work, "samples"):
-                launch("audiocraft.solvers.samples", [str(work)], 1, log, remedy=_BY_HAND)
+                launch(
+                    "audiocraft.solvers.samples",
+                    [str(work)],
+                    1,
+                    log,
+                    remedy=_BY_HAND,
+                    memory_remedy=_BY_HAND,
+                )
         except TrainingError as error:
             log(f"The weights are whole, but the two samples could not be made: {error}")
         prepared, state = load_prepared(work / DATASET_FILE), read_state(work)
@@ -191,6 +322,7 @@ def _finish(work: Path, job: TrainingJob, place: Place, log: Log) -> Path:
         }
         write_report(prepared.report, work / REPORT_FILE, more)
         write_json(work / _RESULT, result)
+        _remove_states(work, state)
         _show_result(path, result["sha256"], log)
     return path
 
@@ -205,6 +337,18 @@ def _alone(weights: Path, log: Log) -> Iterator[None]:
             if path.name.startswith(".") and is_leftover(path.name):
                 path.unlink()
         yield
+
+
+def _remove_states(work: Path, state: RunState) -> None:
+    """Remove what nothing goes on from, once a training has its result.
+
+    What stays makes the same again: the chosen weights, and notes that say that it has ended.
+    """
+    kept = weights_file(work, choose_weights(state)[0])
+    states = work.glob(f"{CHECKPOINTS}/*/state-*.pt")
+    for path in (*states, *work.glob("weights-*.safetensors")):
+        if path != kept:
+            path.unlink()
 
 
 def _said(path: Path, name: str) -> str:
@@ -262,15 +406,21 @@ def describe_run(
     job: TrainingJob,
     dataset: Path,
     *,
+    runs: Path,
+    weights: Path,
     processes: int | None = None,
     allow_cpu: bool = False,
     log: Log,
 ) -> None:
     """Say what `run_job` would do and how long that takes; nothing is fetched or written.
 
+    What would go on is described as if it began: all of the music is read to find its state.
+
     Args:
         job: what to train, and how.
         dataset: an archive, a folder or a file of music.
+        runs: see `run_job`.
+        weights: see `run_job`.
         processes: see `run_job`.
         allow_cpu: see `run_job`.
         log: takes the lines.
@@ -279,6 +429,7 @@ def describe_run(
         AudiocraftError: `run_job` would refuse it at its start.
     """
     where = _check(job, processes, allow_cpu=allow_cpu, log=log)
+    _check_room(job, runs, weights, log)
     chunks = _look_at(dataset, VERSIONS[job.version].context, log)
     log(f"{where.processes} process{'es' * (where.processes > 1)} would train.")
     if job.updates_per_epoch == 0 and chunks is None:

@@ -336,9 +336,14 @@ def test_a_warmup_longer_than_the_training(said):
     assert not any("warmup" in message for message in said.messages)
 
 
-def test_processes_without_a_gpu(monkeypatch):
+def test_processes_without_a_gpu(monkeypatch, said):
     monkeypatch.setattr(training, "find_devices", list)
     assert training._processes() == 1
+    (warning,) = said.messages
+    assert warning == (
+        "There is no GPU that torch can use, so this trains on the CPU, many times slower; if "
+        "there should be one, look with nvidia-smi."
+    )
     monkeypatch.setenv("TRAIN_PROCESSES", "3")
     assert training._processes() == 3
     monkeypatch.setenv("TRAIN_PROCESSES", "")
@@ -354,11 +359,27 @@ def test_one_process_for_each_gpu(monkeypatch, said):
     assert said.messages[0].startswith("TRAIN_PROCESSES=2 is for machines without a GPU; ")
 
 
+def test_a_description_looks_where_a_training_writes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training, "find_devices", list)
+    seen = []
+
+    def note(_job, _dataset, **options):
+        seen.append((options["runs"], options["weights"]))
+        return tmp_path
+
+    monkeypatch.setattr(training, "run_job", note)
+    monkeypatch.setattr(training, "describe_run", note)
+    for function in (training.train, describe):
+        function(TrainingRequest(SONG, model_version="tiny"), VOCABULARIES)
+    assert seen == [(tmp_path / "runs", tmp_path / "weights")] * 2
+
+
 @pytest.mark.slow
 def test_nothing_is_written_by_a_description(tmp_path, monkeypatch, said):
     monkeypatch.chdir(tmp_path)
     request = TrainingRequest(SONG, model_version="tiny", auto_labeling=False, drop_vocals=False)
     describe(request, VOCABULARIES)
-    assert said.messages[0] == request.removal
-    assert len(said.messages) > 1
+    assert request.removal in said.messages[:2]
+    assert len(said.messages) > 2
     assert list(tmp_path.iterdir()) == []

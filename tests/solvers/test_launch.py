@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from audiocraft.errors import TrainingError
-from audiocraft.solvers.launch import launch
+from audiocraft.solvers.launch import _environment, launch
 from tests.serving.client import assert_gone, is_alive
 
 ROOT = Path(__file__).parents[2]
 JOB = "tests.solvers.job"
 KILLED = "was killed by SIGKILL, most likely for lack of memory"
 GO_ON = r": start the training again, which goes on from its last checkpoint if there is one\."
-TAKES_LESS = r": lora_rank=16 or a smaller model_version takes less\."
+FREE_MEMORY = r": end what else uses memory, and start the training again\."
 
 
 def run(action, who=0, processes=2, log=lambda _line: None):
@@ -61,13 +61,30 @@ def test_a_single_process():
     [
         ("raise", r"^batch_size is wrong\.$"),
         ("exit", rf"^Training process 0 ended with status 3{GO_ON}$"),
-        ("fill", rf"^Training process 0 ran out of memory{TAKES_LESS}$"),
-        ("kill", rf"^Training process 0 {KILLED}{TAKES_LESS}$"),
+        ("fill", rf"^Training process 0 ran out of memory{FREE_MEMORY}$"),
+        ("kill", rf"^Training process 0 {KILLED}{FREE_MEMORY}$"),
     ],
 )
 def test_a_single_process_that_fails(action, message):
     with pytest.raises(TrainingError, match=message):
         run(action, processes=1)
+
+
+def test_a_caller_knows_what_takes_less_memory():
+    sentence = r"^Training process 0 ran out of memory: a smaller model takes less\.$"
+    with pytest.raises(TrainingError, match=sentence):
+        launch(JOB, ["fill", "0"], 1, lambda _: None, memory_remedy="a smaller model takes less")
+
+
+def test_threads_are_those_of_the_cpus_that_may_be_used(monkeypatch):
+    """As a cpuset leaves them, and at least one."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 3, 5, 7})
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    threads = [_environment(processes)["OMP_NUM_THREADS"] for processes in (1, 2, 3, 8)]
+    assert threads == ["4", "2", "1", "1"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert _environment(2)["OMP_NUM_THREADS"] == "5"
 
 
 def test_the_log_has_all_of_an_error():
@@ -92,7 +109,7 @@ def test_the_log_has_all_of_an_error():
             rf"^Training process 1 ended with status 3{GO_ON}$",
             marks=pytest.mark.slow,
         ),
-        ("kill", rf"^Training process 1 {KILLED}{TAKES_LESS}$"),
+        ("kill", rf"^Training process 1 {KILLED}{FREE_MEMORY}$"),
     ],
 )
 def test_a_rank_that_fails_ends_the_job_with_its_reason(action, message):

@@ -14,7 +14,9 @@ import pytest
 import soundfile
 import torch
 
+from audiocraft.assets.download import SPARE
 from audiocraft.assets.parts import try_lock
+from audiocraft.assets.remote import show_size
 from audiocraft.assets.tensors import read_safetensors
 from audiocraft.data.codes import load_encoded, save_encoded
 from audiocraft.data.dataset import load_prepared
@@ -28,10 +30,11 @@ from audiocraft.solvers import run
 from audiocraft.solvers.checkpoints import job_key, work_folder
 from audiocraft.solvers.clips import hold_out, load_clips
 from audiocraft.solvers.devices import find_devices
-from audiocraft.solvers.job import TrainingJob
+from audiocraft.solvers.job import Place, TrainingJob, write_job
 from audiocraft.solvers.launch import launch
 from audiocraft.solvers.musicgen import TrainSettings, batch_clips
-from audiocraft.solvers.needs import Base, check_disk, fetch_base
+from audiocraft.solvers.needs import check_disk, check_result_folder, training_need
+from audiocraft.solvers.plan import Plan
 from audiocraft.solvers.result import SAMPLE_FILES, WEIGHTS_FILE
 from audiocraft.solvers.run import describe_run, run_job
 from audiocraft.solvers.state import read_state
@@ -94,8 +97,9 @@ def test_all_weights_of_a_release_without_a_gpu(tmp_path):
         "All weights of stereo-melody would be trained without a GPU, which takes days: set "
         "ALLOW_CPU=1 to do that, or give lora_rank=16 or model_version=tiny."
     )
+    places = {"runs": tmp_path / "runs", "weights": tmp_path / "weights"}
     with pytest.raises(InputError, match=r"^All weights of stereo-melody would"):
-        describe_run(job, SONG, log=lambda _: None)
+        describe_run(job, SONG, **places, log=lambda _: None)
 
 
 @pytest.mark.usefixtures("no_store")
@@ -161,26 +165,120 @@ def test_every_setting_makes_a_training_of_its_own():
     assert len({job_key("abc", asdict(job)) for job in jobs}) == len(jobs)
 
 
-def test_disk_need(tmp_path):
+def test_disk_need():
     """Two checkpoints of weight, average and two moments, three exports in 16 bit."""
-    base = fetch_base(SHORT)
     state, _ = read_safetensors(find_tiny())
-    assert base == Base(melody=True, trained=sum(tensor.numel() for tensor in state.values()))
-    adapter = fetch_base(replace(SHORT, lora_rank=4))
+    trained = sum(tensor.numel() for key, tensor in state.items() if not key.endswith(".window"))
+    assert training_need(SHORT) == trained * (2 * (4 + 4 + 8) + 3 * 2)
+    assert training_need(replace(SHORT, optimizer="prodigy")) == trained * (2 * (8 + 16) + 3 * 2)
     shape = shape_of("tiny")
     # in_proj, out_proj, linear1, linear2
     layer = shape.dim * ((3 + 1) + (1 + 1) + (1 + 4) + (4 + 1))
-    assert adapter.trained == 4 * shape.num_layers * layer
-    free = shutil.disk_usage(tmp_path).free
-    enough = Base(melody=False, trained=free // 100)
-    check_disk(SHORT, enough, tmp_path, tmp_path / "weights", 0)
-    for wrong in ((replace(enough, trained=free // 30), 0), (enough, free)):
-        with pytest.raises(AssetError, match=r"^This training needs .* GB more on the disk of "):
-            check_disk(SHORT, wrong[0], tmp_path, tmp_path / "weights", wrong[1])
+    adapter = 4 * shape.num_layers * layer
+    assert training_need(replace(SHORT, lora_rank=4)) == adapter * (2 * (4 + 4 + 8) + 3 * 2)
+
+
+PLACE = Place("music", "music", "data", "unpacked", "weights", "cpu", 1, Plan())
+
+
+def disk(monkeypatch, free, elsewhere=None):
+    """A disk with so many bytes for a training; folders of others may have their own."""
+
+    def usage(folder):
+        left = (elsewhere or {}).get(folder, free)
+        return type("Usage", (), {"free": SPARE + left})
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+
+
+@pytest.mark.parametrize(
+    ("more", "needed"),
+    [({}, 0), ({"written": 5_000_000}, -5_000_000), ({"dataset": 7_000_000}, 7_000_000)],
+)
+def test_room_on_the_disk(more, needed, tmp_path, monkeypatch):
+    """What is not there yet counts as what lies above it."""
+    need = training_need(SHORT) + needed
+    folders = tmp_path / "runs/0", tmp_path / "weights"
+    disk(monkeypatch, need)
+    check_disk(SHORT, *folders, **more)
+    disk(monkeypatch, need - 1)
+    sentence = rf"^This training needs {show_size(need)} more on the disk of {tmp_path}, which has"
+    with pytest.raises(AssetError, match=sentence):
+        check_disk(SHORT, *folders, **more)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_room_for_the_result_on_another_disk(tmp_path, monkeypatch):
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    export = 2 * shape_of("tiny").parameters
+    disk(monkeypatch, training_need(SHORT), {weights: export})
+    check_disk(SHORT, tmp_path, weights)
+    disk(monkeypatch, training_need(SHORT), {weights: export - 1})
+    sentence = (
+        rf"^The result of this training needs {show_size(export)} more on the disk of {weights}"
+    )
+    with pytest.raises(AssetError, match=sentence):
+        check_disk(SHORT, tmp_path, weights)
+
+
+def test_a_folder_that_takes_no_result(tmp_path):
+    check_result_folder(tmp_path / "new/weights")
+    assert list((tmp_path / "new/weights").iterdir()) == []
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file/weights"):
         with pytest.raises(AssetError, match=rf"^The result .* cannot be written to {folder} \("):
-            check_disk(SHORT, enough, tmp_path, folder, 0)
+            check_result_folder(folder)
+
+
+@pytest.mark.usefixtures("no_store")
+def test_the_disk_is_checked_before_anything_is_fetched(tmp_path, monkeypatch):
+    """And by a description as well; the store is empty and stays so."""
+    job = replace(SHORT, version="small", lora_rank=4)
+    places = {"runs": tmp_path / "runs", "weights": tmp_path / "weights"}
+    disk(monkeypatch, training_need(job) - 1)
+    assert refused(job, tmp_path, AssetError).startswith("This training needs ")
+    with pytest.raises(AssetError, match=r"^This training needs "):
+        describe_run(job, SONG, **places, log=lambda _: None)
+    disk(monkeypatch, training_need(job))
+    assert "of facebook/musicgen-small is not in" in refused(job, tmp_path, AssetError)
+
+
+@pytest.mark.usefixtures("no_store")
+def test_a_training_that_goes_on_is_not_refused_for_what_it_has_written(tmp_path, monkeypatch):
+    """How much that is, is not known before its folder is; other settings have written nothing."""
+    job = replace(SHORT, version="small", lora_rank=4, stems=("drums",))
+    (tmp_path / "runs/0").mkdir(parents=True)
+    write_job(tmp_path / "runs/0", job, PLACE)
+    disk(monkeypatch, 0)
+    assert "of facebook/musicgen-small is not in" in refused(job, tmp_path, AssetError)
+    other = replace(job, seed=1)
+    assert refused(other, tmp_path, AssetError).startswith("This training needs ")
+
+
+def test_the_disk_is_checked_again_with_the_music_and_with_what_is_written(tmp_path, monkeypatch):
+    music = make_music(tmp_path / "music", 1)
+    places = {"runs": tmp_path / "runs", "weights": tmp_path / "weights"}
+    need = training_need(SHORT)
+    lines, began = [], []
+
+    def stopped(module, *_, **__):
+        began.append(module)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "launch", stopped)
+    disk(monkeypatch, need)  # and nothing for the music
+    with pytest.raises(AssetError, match=r"^This training needs "):
+        run_job(SHORT, music, **places, log=lines.append)
+    assert lines[-1].startswith("Work folder: ")
+    work = Path(lines[-1].removeprefix("Work folder: "))
+    write_job(work, SHORT, PLACE)
+    with (work / "weights-1.safetensors").open("wb") as file:
+        file.truncate(need // 2)
+    disk(monkeypatch, need - 1)
+    with pytest.raises(KeyboardInterrupt):
+        run_job(SHORT, music, **places, log=lines.append)
+    assert began == ["audiocraft.solvers.prepare"]
 
 
 def find_tiny():
@@ -194,16 +292,21 @@ def test_what_a_description_says(tmp_path):
     music = make_music(tmp_path / "music", 3)
     before = sorted(tmp_path.rglob("*"))
     lines = []
-    describe_run(SHORT, music, processes=2, log=lines.append)
+    places = {"runs": tmp_path / "runs", "weights": tmp_path / "weights"}
+    describe_run(SHORT, music, **places, processes=2, log=lines.append)
     text = "\n".join(lines)
     assert re.search(r"^Memory: .* GB of the .* GB that are free", text)
+    assert lines[1] == (
+        f"Disk: up to {show_size(training_need(SHORT))} in {tmp_path / 'runs'} for checkpoints and "
+        "weights, besides the music."
+    )
     assert "Dataset: 3 files, 3.2 MB, 18 s of music." in text
     assert "2 processes would train." in text
     assert re.search(r"The training itself would take about \d+ (s|min)\.$", text)
     (music / "song 9.m4a").write_bytes(b"what libsndfile does not read")
     lines.clear()
-    describe_run(replace(SHORT, updates_per_epoch=0), music, log=lines.append)
-    assert "18 s of music and 1 not looked into." in lines[1]
+    describe_run(replace(SHORT, updates_per_epoch=0), music, **places, log=lines.append)
+    assert "18 s of music and 1 not looked into." in lines[2]
     assert lines[-1].startswith("How long it takes depends on the music")
     (music / "song 9.m4a").unlink()
     assert sorted(tmp_path.rglob("*")) == before
@@ -329,6 +432,7 @@ def test_a_training_that_has_ended(trained, place):
     """Its result is there at once; where it is gone it is made again from what is kept."""
     weights, text = trained
     content = content_of(weights)
+    assert [path.name for path in Path(work_of(text)).glob("checkpoints/*/*")] == ["notes.json"]
     again, said = train(SHORT, place / "music", place)
     assert again == weights
     assert "This training has ended before: here is its result" in said
