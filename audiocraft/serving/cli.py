@@ -105,20 +105,45 @@ def _inputs(
 ) -> Json:
     """The request's input, by whichever flag it comes."""
     if not target.as_response:
-        return parse_inputs(arguments.input, schema, folders=folders)
+        inputs = parse_inputs(arguments.input, schema, folders=folders)
+        _choose_format(inputs, schema, target)
+        return inputs
     inputs = parse_json(arguments.json, schema, folders=folders)
     if not target.has_json_name:
         say(f"Warning: -o {str(target.path)!r} will hold JSON, but does not end in .json.")
     return inputs
 
 
+def _choose_format(inputs: Json, schema: Json, target: outputs.Target) -> None:
+    """Has the name of `-o` choose the format where it ends in one and the inputs name none.
+
+    Raises:
+        InputError: they name another.
+    """
+    extension = target.path.suffix
+    name = extension.removeprefix(".").lower()
+    if name not in schema["properties"].get("output_format", {}).get("enum", ()):
+        return
+    given = inputs.setdefault("output_format", name)
+    if given != name:
+        raise InputError(
+            f"-o: {str(target.path)!r} ends in {extension}, but output_format is {given}; leave "
+            "output_format out, or choose another name."
+        )
+
+
 def _ask(server: CogServer, inputs: Json) -> Json:
     """A server's answer; the server runs for that long."""
     with DeviceCheck() as device, server:
-        warning = device.warning()
-        if warning is not None:
-            say(warning)
+        _warn(device)
         return server.ask(inputs)
+
+
+def _warn(device: DeviceCheck) -> None:
+    """Says that torch cannot use the device, where that is so."""
+    warning = device.warning()
+    if warning is not None:
+        say(warning)
 
 
 def _describe_training(
@@ -130,8 +155,10 @@ def _describe_training(
             "--dry-run looks into the dataset, so it must be on this machine: give its path "
             "instead of a URL."
         )
-    from audiocraft.serving.training import TrainingRequest, describe, vocabularies_of
+    with DeviceCheck() as device:
+        from audiocraft.serving.training import TrainingRequest, describe, vocabularies_of
 
+        _warn(device)
     types = {"integer": int, "number": float}  # as `train.py` has them
     given: dict[str, Any] = {
         name: types.get(schema["properties"][name]["type"], type(value))(value)
@@ -149,8 +176,9 @@ def _prediction_parser(schema: Json) -> Parser:
         "Makes music on Cog's own server, without a container.",
         schema,
         file="a file",
-        output="where the result goes: a file, with or without its extension, or a folder "
-        "(default: output with the extension of the format, here)",
+        output="where the result goes: a file, with or without its extension, which chooses "
+        "output_format where that is not given, or a folder (default: output with the extension of "
+        "the format, here)",
         variable="COG_WEIGHTS=PATH",
     )
 

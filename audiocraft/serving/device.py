@@ -1,5 +1,6 @@
 """Whether torch can use the NVIDIA device of this machine, if it has one."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -9,9 +10,13 @@ from typing import Self
 
 
 def device_warning() -> str | None:
-    """One sentence where there is an NVIDIA device that torch cannot use, else None."""
+    """One sentence where there is an NVIDIA device that torch cannot use, else None.
+
+    None as well where `CUDA_VISIBLE_DEVICES` hides every device.
+    """
     command = shutil.which("nvidia-smi")
-    if command is None:
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in {"", "-1"}
+    if command is None or hidden:
         return None
     try:
         listing = subprocess.run(  # noqa: S603 - the driver's own tool

@@ -7,6 +7,7 @@ import re
 import secrets
 import tempfile
 import time
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ from audiocraft.serving.worker import checked_path, log_to_stderr
 logger = logging.getLogger(__name__)
 
 MAX_DURATION = 600
+# The text encoder's memory grows with its square: some gigabytes here, if each were a token.
+MAX_PROMPT = 5000
 _URL = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 _SILENCE = 1e-4  # peak below -80 dBFS
 _LOUDEST = 1e3  # +60 dB: integers that were written as floating point, or damage
@@ -76,6 +79,12 @@ class PredictionRequest:
         if self.prompt is None and self.input_audio is None:
             raise InputError(
                 "There is nothing to make music from: give a prompt, an input_audio or both."
+            )
+        # As the tokenizer sees it, in which one character may become eighteen.
+        length = len(unicodedata.normalize("NFKC", self.prompt or ""))
+        if length > MAX_PROMPT:
+            raise InputError(
+                f"prompt has {length} characters, it may have up to {MAX_PROMPT}: shorten it."
             )
         if self.continuation and self.input_audio is None:
             raise InputError(
@@ -373,8 +382,9 @@ def _check_prompt(clip: tuple[Tensor, int], selection: Selection) -> None:
     wav, sample_rate = clip
     seconds = wav.shape[-1] / sample_rate
     if seconds > selection.context:
+        shown = math.ceil(_hundredths(seconds)) / 100  # up, so that it shows as more
         raise InputError(
-            f"The part of input_audio to continue has {seconds:.2f} s, {selection.label} hears at "
+            f"The part of input_audio to continue has {shown:.2f} s, {selection.label} hears at "
             f"most {selection.context:g} s: shorten it with continuation_start and "
             "continuation_end."
         )
@@ -423,9 +433,17 @@ def _read_clip(request: PredictionRequest) -> tuple[Tensor, int]:
 
 
 def _past_the_end(name: str, second: int, length: float) -> InputError:
+    shown = math.floor(_hundredths(length)) / 100  # down, so that it shows as less
+    end = ", or -1 for its end" if name == "continuation_end" else ""
     return InputError(
-        f"{name} is {second} s, but input_audio has only {length:.2f} s: give an earlier second."
+        f"{name} is {second} s, but input_audio has only {shown:.2f} s: give an earlier second"
+        f"{end}."
     )
+
+
+def _hundredths(seconds: float) -> float:
+    """Hundredths of a second, without what floating point adds; a sample is more."""
+    return round(seconds * 100, 6)
 
 
 def _hide_progress_bars() -> None:

@@ -245,6 +245,8 @@ class CogServer:
         # A relative path is of the user's folder; the server has another.
         if not _URL.match(weights) and Path(weights).is_file():
             environment["COG_WEIGHTS"] = str(Path(weights).absolute())
+        if store := environment.get("AUDIOCRAFT_CACHE_DIR"):
+            environment["AUDIOCRAFT_CACHE_DIR"] = str(Path(store).expanduser().absolute())
         return environment
 
     def _wait_until_ready(self, process: subprocess.Popen[str]) -> None:

@@ -239,13 +239,26 @@ def test_of_a_cut_off_file_what_is_left_is_heard(folder, service, tmp_path, make
 @pytest.mark.parametrize("name", ["16bit.wav", "song.mp3", "song.ogg", "song.webm"])
 def test_the_end_of_a_cut_off_file_is_named(folder, service, tmp_path, make, name):
     path = cut(folder / name, tmp_path / name, 0.6)
-    length = r"but input_audio has only 1\.\d\d s: give an earlier second\."
+    length = r"but input_audio has only 1\.\d\d s: give an earlier second"
     assert re.fullmatch(
-        f"continuation_end is 3 s, {length}",
+        rf"continuation_end is 3 s, {length}, or -1 for its end\.",
         refusal(service, make(path, continuation_end=3, duration=8)),
     )
     beyond = make(path, continuation_start=2, continuation_end=3)
-    assert re.fullmatch(f"continuation_start is 2 s, {length}", refusal(service, beyond))
+    assert re.fullmatch(rf"continuation_start is 2 s, {length}\.", refusal(service, beyond))
+
+
+@pytest.mark.parametrize("make", [melody, continuation])
+@pytest.mark.parametrize(
+    ("frames", "shown"), [(79984, "9.99"), (79999, "9.99"), (72000, "9.00"), (34800, "4.35")]
+)
+def test_a_file_that_is_shorter_shows_as_shorter(service, tmp_path, make, frames, shown):
+    path = write_source(tmp_path / "x.wav", tones(8000, 10)[:, :frames], 8000)
+    length = f"but input_audio has only {shown} s: give an earlier second"
+    message = refusal(service, make(path, continuation_end=10, duration=20))
+    assert message == f"continuation_end is 10 s, {length}, or -1 for its end."
+    beyond = make(path, continuation_start=10, continuation_end=11)
+    assert refusal(service, beyond) == f"continuation_start is 10 s, {length}."
 
 
 @pytest.mark.parametrize("make", [melody, continuation])
@@ -254,7 +267,8 @@ def test_the_end_is_checked_beyond_what_is_read(service, tmp_path, make):
     path = write_source(tmp_path / "x.wav", tones(8000, 100), 8000)
     message = refusal(service, make(path, continuation_start=0, continuation_end=101))
     assert message == (
-        "continuation_end is 101 s, but input_audio has only 100.00 s: give an earlier second."
+        "continuation_end is 101 s, but input_audio has only 100.00 s: give an earlier second, or "
+        "-1 for its end."
     )
 
 

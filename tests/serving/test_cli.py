@@ -356,6 +356,10 @@ def test_help_lists_the_inputs(capsys: pytest.CaptureFixture[str]) -> None:
         (["predict", "-i", "tempo=3"], "tempo is not an input of this model"),
         (["predict", "-i", "continuation_start=-1"], "continuation_start must be at least 0"),
         (["predict", "-o", "no-folder/x"], "-o: there is no folder 'no-folder'"),
+        (
+            ["predict", "-o", "song.mp3", "-i", "output_format=wav"],
+            "-o: 'song.mp3' ends in .mp3, but output_format is wav; leave output_format out, or",
+        ),
         (["predict", "-i"], "expected one argument"),
         (["predict", "--bad"], "unrecognized arguments: --bad"),
         (["predict", "-i", "prompt=x", "--json", "{}"], "not allowed with argument -i/--input"),
@@ -385,6 +389,39 @@ def test_errors_come_before_the_server(
     assert sentence in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "asked"),
+    [
+        (["-o", "song.mp3"], "mp3"),
+        (["-o", "take.1.flac"], "flac"),
+        (["-o", "SONG.OGG"], "ogg"),
+        (["-o", "song.wav"], "wav"),
+        (["-o", "song.mp3", "-i", "output_format=mp3"], "mp3"),
+        (["-o", "song", "-i", "output_format=ogg"], "ogg"),
+        (["-o", "song.take", "-i", "output_format=ogg"], "ogg"),
+        (["-o", "song"], None),
+        (["-o", "song.take"], None),
+        (["-o", "folder.mp3"], None),
+        (["-o", "song.mp3", "--json", "{}"], None),  # it will hold JSON
+        ([], None),
+    ],
+)
+def test_the_name_chooses_the_format(
+    arguments: list[str], asked: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.mp3").mkdir()
+    seen = []
+
+    def answer(_server: object, inputs: dict[str, Any]) -> dict[str, Any]:
+        seen.append(inputs)
+        return {"status": "succeeded", "output": None}
+
+    monkeypatch.setattr(cli, "_ask", answer)
+    assert cli.main(["predict", *arguments]) == 0
+    assert seen == [{} if asked is None else {"output_format": asked}]
 
 
 def test_a_schema_that_cannot_be_written(
@@ -436,6 +473,16 @@ def test_a_device_that_torch_cannot_use(tmp_path: Path, monkeypatch: pytest.Monk
     assert warning.startswith("Warning: GPU 0: NVIDIA H200 is there, but torch")
 
 
+@pytest.mark.parametrize(("visible", "warns"), [("", False), ("-1", False), ("0", True)])
+def test_a_device_that_the_user_hides_is_not_missed(
+    visible: str, warns: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_nvidia_smi(tmp_path, monkeypatch, r"GPU 0: NVIDIA H200 (UUID: GPU-1)\n")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert (device_warning() is not None) == warns
+
+
 def test_no_device_no_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_nvidia_smi(tmp_path, monkeypatch, r"No devices were found\n")
     assert device_warning() is None
@@ -450,6 +497,19 @@ def test_the_check_runs_beside_us(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     fake_nvidia_smi(tmp_path, monkeypatch, r"GPU 0: NVIDIA H200 (UUID: GPU-1)\n")
     with DeviceCheck() as device:
         assert "runs on the CPU" in str(device.warning())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the device here")
+def test_a_dry_run_warns_before_it_describes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_nvidia_smi(tmp_path, monkeypatch, r"GPU 0: NVIDIA H200 (UUID: GPU-1)\n")
+    monkeypatch.setenv("ALLOW_LOCAL_FILES", "1")  # the command sets it, and it goes with this test
+    monkeypatch.setattr("audiocraft.serving.training.describe", lambda *_: cli.say("described"))
+    assert cli.main(["train", "--dry-run", "-i", f"dataset_path=@{tmp_path}"]) == 0
+    warning, described = capsys.readouterr().err.splitlines()
+    assert warning.startswith("Warning: GPU 0: NVIDIA H200 is there, but torch")
+    assert described == "described"
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,10 @@ def clips(tmp_path_factory):
                 "continuation off."
             ),
         ),
+        (
+            {"prompt": "x" * 50000},
+            "prompt has 50000 characters, it may have up to 5000: shorten it.",
+        ),
         ({"prompt": "x", "duration": 0}, "duration is 0, it must be from 1 to 600 seconds."),
         ({"prompt": "x", "duration": 601}, "duration is 601, it must be from 1 to 600 seconds."),
         ({"prompt": "x", "top_k": -1}, "top_k is -1, it must be 0 or more; 0 lifts the limit."),
@@ -233,7 +237,10 @@ def clips(tmp_path_factory):
         ),
         (
             {"input_audio": "tone", "continuation_end": 5},
-            "continuation_end is 5 s, but input_audio has only 4.00 s: give an earlier second.",
+            (
+                "continuation_end is 5 s, but input_audio has only 4.00 s: give an earlier second, "
+                "or -1 for its end."
+            ),
         ),
         (
             {"input_audio": "tone", "model_version": "small"},

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 import shutil
 
 import pytest
@@ -151,6 +152,11 @@ def test_progress_is_logged_with_the_time_left(service, caplog):
     [
         ({}, "There is nothing to make music from: give a prompt, an input_audio or both."),
         ({"prompt": "x", "continuation": True}, "continuation is on, but there is no input_audio"),
+        (
+            {"prompt": "x" * 5001},
+            "prompt has 5001 characters, it may have up to 5000: shorten it.",
+        ),
+        ({"prompt": "\ufdfa" * 278}, "prompt has 5004 characters"),  # Unicode says it in 18
         ({"prompt": "x", "duration": 0}, "duration is 0, it must be from 1 to 600 seconds."),
         ({"prompt": "x", "duration": 601}, "duration is 601, it must be from 1 to 600 seconds."),
         ({"prompt": "x", "top_k": -1}, "top_k is -1"),
@@ -181,10 +187,17 @@ def test_bad_requests_are_refused(service, song, inputs, message):
     assert message in str(caught.value)
 
 
-def test_a_prompt_longer_than_the_context_is_refused(service, tmp_path):
-    context = round(VERSIONS["tiny"].context)
-    long = audio_write(tmp_path / "long", torch.rand(1, (context + 1) * 8000), 8000)
-    sentence = rf"{context + 1}\.00 s, model_version tiny hears at most {context} s"
+def test_the_longest_prompt_is_accepted():
+    tiny(prompt="x" * 5000).check()
+    tiny(prompt="e\u0301" * 5000).check()  # two characters to write one
+
+
+@pytest.mark.parametrize(("beyond", "shown"), [(8000, "13.00"), (24, "12.01"), (1, "12.01")])
+def test_a_prompt_longer_than_the_context_is_refused(service, tmp_path, beyond, shown):
+    """What is longer by a sample shows as longer."""
+    assert VERSIONS["tiny"].context == 12
+    long = audio_write(tmp_path / "long", torch.rand(1, 12 * 8000 + beyond), 8000)
+    sentence = f"has {re.escape(shown)} s, model_version tiny hears at most 12 s"
     with pytest.raises(InputError, match=sentence):
         service.predict(tiny(input_audio=long, continuation=True, duration=60))
 

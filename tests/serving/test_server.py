@@ -303,6 +303,26 @@ def test_variables_of_the_command_line_win(
 
 
 @pytest.mark.parametrize(
+    ("given", "expected"),
+    [("models", "{here}/models"), ("~/models", "{home}/models"), ("/models", "/models"), ("", "")],
+)
+def test_the_store_is_where_other_commands_have_it(
+    given: str,
+    expected: str,
+    project: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A relative folder is one of the user's, though the server works in another."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AUDIOCRAFT_CACHE_DIR", given)
+    assert run_cli(project, "-i", "action=print([os.environ['AUDIOCRAFT_CACHE_DIR']])") == 0
+    store = expected.format(here=tmp_path, home=Path.home())
+    assert str([store]) in capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize(
     ("action", "sentence"),
     [
         ("raise InputError('duration is too long.')", "duration is too long."),
