@@ -98,6 +98,13 @@ class Selection:
             return f"model_version {self.version}"
         return f"{self.tuned.checkpoint.name}, fine-tuned from {self.tuned.base or 'MusicGen'},"
 
+    @property
+    def smaller(self) -> str:
+        """What takes less memory: weights that name their base override `model_version`."""
+        if self.tuned is None or self.tuned.base is None:
+            return "choose a smaller model_version"
+        return "take weights made from a smaller model_version"
+
 
 class ModelCache:
     """Loaded models, the least recently used of which make room for others.
@@ -162,8 +169,8 @@ class ModelCache:
             if not on_disk and VERSIONS[model.name].own_codec:
                 raise InputError(
                     "multi_band_diffusion decodes the codes of the released versions, and "
-                    f"{model.name} has a codec of its own: take another model_version, or switch "
-                    "it off."
+                    f"{model.name} has a codec of its own: switch it off, or make music with one "
+                    "of those."
                 )
             path = fetch(repo_id, filename)  # of float32
             halved = self.device.type != "cpu"
@@ -240,7 +247,7 @@ class ModelCache:
         size = self._dtype.itemsize * sum(tensor.numel() for tensor in weights.state.values())
         size += _T5_BYTES if text_encoder is None else _size(text_encoder / "model.safetensors")
         size += _CODEC_BYTES if read_checkpoint(codec_file).pretrained else _size(codec_file)
-        self._require(selection.label, size, "choose a smaller model_version")
+        self._require(selection.label, size, selection.smaller)
         if tuned is None:
             lm, codec = load_models(source, self.device, self._dtype)
         elif tuned.lora is None:

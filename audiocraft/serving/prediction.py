@@ -220,7 +220,7 @@ class PredictionService:
         progress = ProgressLog(logger, "steps")
         model.set_custom_progress_callback(progress.update)
         begin = time.perf_counter()
-        wav = self._generate(_Job(model, request, clip, diffusion, seed))
+        wav = self._generate(_Job(model, request, clip, diffusion, seed), selection.smaller)
         elapsed = time.perf_counter() - begin
         logger.info("Made %d s of music in %.1f s.", request.duration, elapsed)
         path = self._write(wav, model.sample_rate, request)
@@ -235,8 +235,13 @@ class PredictionService:
             },
         )
 
-    def _generate(self, job: "_Job") -> Tensor:
-        """Audio [C, T] on the CPU; where memory runs out, again with no other model loaded."""
+    def _generate(self, job: "_Job", smaller: str) -> Tensor:
+        """Audio [C, T] on the CPU; where memory runs out, again with no other model loaded.
+
+        Args:
+            job: what to make.
+            smaller: a clause that says what takes less memory.
+        """
         try:
             return job.run().cpu()  # a GPU is done when its result is here
         except (torch.OutOfMemoryError, TooLargeError):
@@ -248,7 +253,7 @@ class PredictionService:
             model, seconds = job.model, job.request.duration
             raise InputError(
                 f"{seconds} s of {model.name} do not fit the memory of {model.device}: "
-                "choose a smaller model_version or a shorter duration, or free some of it."
+                f"{smaller} or a shorter duration, or free some of it."
             ) from error
 
     def _select(

@@ -120,7 +120,7 @@ def test_of_a_version_that_it_is_not_for(served, store):
     assert not diffusion_file(store).exists()
     answer = answer_of(served, prompt="a song", model_version="tiny", duration=1)
     assert answer["status"] == "failed"
-    assert "tiny has a codec of its own: take another model_version, or" in answer["error"]
+    assert "tiny has a codec of its own: switch it off, or" in answer["error"]
 
 
 def test_a_wrong_file(served, store):

@@ -162,6 +162,16 @@ def test_what_does_not_fit_is_refused_and_nothing_is_lost(store):
     assert tokens(cache.get(Selection("small"))) == expected
 
 
+def test_what_takes_less_than_weights_that_name_their_base(store, tmp_path):
+    """Another model_version would not: the base overrides it."""
+    stand_in(store, "small", 1)
+    own = tuned(full_finetune(store, "small", 2, tmp_path / "a.safetensors"))
+    with pytest.raises(InputError, match=r"on cpu: take weights made from a smaller model_version"):
+        ModelCache(CPU, 1).get(own)
+    with pytest.raises(InputError, match=r"on cpu: choose a smaller model_version"):
+        ModelCache(CPU, 1).get(Selection("small"))
+
+
 def test_the_diffusion_makes_room_and_comes_again(store):
     stand_in(store, "small", 1)
     stand_in(store, "large", 2, size=(512, 6))
