@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 _POLL_S: Final = 0.02
+_FFMPEG_FAILED: Final = 3
 _CODECS: Final = {"mp3": "libmp3lame", "ogg": "libvorbis"}
 
 
@@ -42,10 +43,10 @@ def export(
             is removed.
 
     Returns:
-        What the encoder said, if it failed.
+        What ffmpeg said, if it failed.
 
     Raises:
-        OSError: the samples cannot be written beside the file.
+        OSError: the samples cannot be written beside the file, or the process was ended by others.
     """
     with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=target.parent) as folder:
         source = Path(folder) / "pcm"
@@ -67,7 +68,10 @@ def export(
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-            return process.stdout.read() if process.returncode else None
+            said, status = process.stdout.read(), process.returncode
+            if status in {0, _FFMPEG_FAILED}:
+                return said if status else None
+            raise OSError(said or f"the encoder ended with status {status}")
 
 
 def main() -> int:
@@ -96,7 +100,7 @@ def main() -> int:
         ).close()
     except CouldntEncodeError as error:
         sys.stdout.write(str(error)[-1000:])  # no more than fits the pipe until it is read
-        return 1
+        return _FFMPEG_FAILED
     except OSError as error:
         sys.stdout.write(error.strerror or str(error))
         return 1

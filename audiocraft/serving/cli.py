@@ -20,7 +20,7 @@ from audiocraft.serving.command import Parser, run, say, write_line
 from audiocraft.serving.device import DeviceCheck
 from audiocraft.serving.interface import Json
 from audiocraft.serving.schema import input_schema, write_schema
-from audiocraft.serving.server import CogServer, plain_message
+from audiocraft.serving.server import CogServer, plain_message, with_absolute_paths
 
 PROJECT: Final = Path(__file__).resolve().parents[2]
 _TYPE_NAMES: Final = {
@@ -62,7 +62,12 @@ def _predict(flags: Sequence[str], project: Path) -> None:
     server = CogServer(
         project, log=say, setup_timeout=arguments.setup_timeout, environment=environment
     )
-    _deliver(_ask(server, inputs), target)
+    with DeviceCheck(environment) as device, server:
+        warning = device.warning()
+        if warning is not None:
+            say(warning)
+        answer = server.ask(inputs)
+    _deliver(answer, target)
 
 
 def _train(flags: Sequence[str], project: Path) -> None:
@@ -88,7 +93,9 @@ def _train(flags: Sequence[str], project: Path) -> None:
         setup_timeout=arguments.setup_timeout,
         environment={**environment, "WEIGHTS_BY_PATH": "1"},
     )
-    _deliver_weights(_ask(server, inputs), target)
+    with server:
+        answer = server.ask(inputs)
+    _deliver_weights(answer, target)
 
 
 def _schema(project: Path, *, training: bool) -> Json:
@@ -132,20 +139,6 @@ def _choose_format(inputs: Json, schema: Json, target: outputs.Target) -> None:
         )
 
 
-def _ask(server: CogServer, inputs: Json) -> Json:
-    """A server's answer; the server runs for that long."""
-    with DeviceCheck() as device, server:
-        _warn(device)
-        return server.ask(inputs)
-
-
-def _warn(device: DeviceCheck) -> None:
-    """Says that torch cannot use the device, where that is so."""
-    warning = device.warning()
-    if warning is not None:
-        say(warning)
-
-
 def _describe_training(
     project: Path, inputs: Json, schema: Json, environment: Mapping[str, str]
 ) -> None:
@@ -155,17 +148,15 @@ def _describe_training(
             "--dry-run looks into the dataset, so it must be on this machine: give its path "
             "instead of a URL."
         )
-    with DeviceCheck() as device:
-        from audiocraft.serving.training import TrainingRequest, describe, vocabularies_of
+    from audiocraft.serving.training import TrainingRequest, describe, vocabularies_of
 
-        _warn(device)
     types = {"integer": int, "number": float}  # as `train.py` has them
     given: dict[str, Any] = {
         name: types.get(schema["properties"][name]["type"], type(value))(value)
         for name, value in inputs.items()
     }
     request = TrainingRequest(**given | {"dataset_path": Path(inputs["dataset_path"])})
-    os.environ.update({"ALLOW_LOCAL_FILES": "1", **environment})
+    os.environ.update(with_absolute_paths({**os.environ, "ALLOW_LOCAL_FILES": "1", **environment}))
     with contextlib.chdir(project):
         describe(request, vocabularies_of(runpy.run_path("metadata.py")))
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -42,7 +43,13 @@ class DeviceCheck:
     """`device_warning` in a process of its own, for torch takes seconds to import.
 
     It starts with the `with` block; the warning is asked for when there is time to wait for it.
+
+    Args:
+        environment: variables beside those of this process.
     """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = environment
 
     def __enter__(self) -> Self:
         self._process = None
@@ -50,6 +57,7 @@ class DeviceCheck:
             self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
                 [sys.executable, "-m", __name__],
                 cwd=Path(__file__).parents[2],
+                env={**os.environ, **self._environment},
                 stdout=subprocess.PIPE,
                 text=True,
                 start_new_session=True,  # Ctrl-C in a terminal is not meant for it

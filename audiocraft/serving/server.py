@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from audiocraft import errors
-from audiocraft.errors import AudiocraftError
+from audiocraft.errors import AudiocraftError, InputError
 from audiocraft.serving.interface import Json
 
 _HOST: Final = "127.0.0.1"
@@ -75,6 +75,26 @@ def plain_message(text: str) -> str:
     The class of an exception that is not of `audiocraft.errors` stays: it may be all there is.
     """
     return _WRAPPING.sub("", text.strip(), count=1)
+
+
+def with_absolute_paths(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables for work in another folder: their relative paths are of the user's own.
+
+    Raises:
+        InputError: a path begins with the home of nobody.
+    """
+    absolute = dict(environment)
+    weights, store = (absolute.get(name, "") for name in ("COG_WEIGHTS", "AUDIOCRAFT_CACHE_DIR"))
+    if not _URL.match(weights) and Path(weights).is_file():
+        absolute["COG_WEIGHTS"] = str(Path(weights).absolute())
+    if store:
+        try:
+            absolute["AUDIOCRAFT_CACHE_DIR"] = str(Path(store).expanduser().absolute())
+        except RuntimeError as error:
+            raise InputError(
+                f"AUDIOCRAFT_CACHE_DIR is {store!r}, and there is no such home: give a whole path."
+            ) from error
+    return absolute
 
 
 class CogServer:
@@ -240,14 +260,7 @@ class CogServer:
             "LOG_FORMAT": "json",
             "RUST_LOG": ",".join(filter(None, filters)),
         }
-        environment = inherited | own | self._given | {"PORT": str(self.port)}
-        weights = environment.get("COG_WEIGHTS", "")
-        # A relative path is of the user's folder; the server has another.
-        if not _URL.match(weights) and Path(weights).is_file():
-            environment["COG_WEIGHTS"] = str(Path(weights).absolute())
-        if store := environment.get("AUDIOCRAFT_CACHE_DIR"):
-            environment["AUDIOCRAFT_CACHE_DIR"] = str(Path(store).expanduser().absolute())
-        return environment
+        return with_absolute_paths(inherited | own | self._given | {"PORT": str(self.port)})
 
     def _wait_until_ready(self, process: subprocess.Popen[str]) -> None:
         deadline = time.monotonic() + self._setup_timeout

@@ -12,6 +12,7 @@ from audiocraft.data.labels import Vocabularies
 from audiocraft.errors import InputError
 from audiocraft.models.shapes import shape_of
 from audiocraft.models.versions import VERSIONS
+from audiocraft.serving.device import device_warning
 from audiocraft.serving.worker import checked_path, log_to_stderr
 from audiocraft.solvers.job import TrainingJob
 from audiocraft.solvers.memory import find_devices
@@ -236,10 +237,7 @@ def _processes() -> int:
         )
     devices = len(find_devices())
     if not devices:
-        logger.warning(
-            "There is no GPU that torch can use, so this trains on the CPU, many times slower; if "
-            "there should be one, look with nvidia-smi."
-        )
+        logger.warning("%s", device_warning() or "There is no GPU: this trains on the CPU.")
     if devices and "TRAIN_PROCESSES" in os.environ and wanted != devices:
         logger.warning(
             "TRAIN_PROCESSES=%d is for machines without a GPU; with CUDA_VISIBLE_DEVICES you "

@@ -1,9 +1,11 @@
 """The encoder of MP3 and Ogg is a process of its own, which ends when nobody wants its file."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,22 @@ def test_an_interruption_ends_it(endless, tmp_path, monkeypatch):
             export(memoryview(bytes(16000)), 1, 8000, "ogg", None, target)
     assert_gone(processes, 2)
     assert list(target.parent.iterdir()) == [target]  # which is its caller's
+
+
+def test_one_that_is_killed_is_no_fault_of_ffmpeg(endless, tmp_path):
+    target = tmp_path / "out" / "x.ogg"
+    target.parent.mkdir()
+
+    def kill():
+        wait_until(lambda: works(endless))
+        os.killpg(os.getpgid(int(endless.read_text())), signal.SIGKILL)
+
+    with ThreadPoolExecutor() as pool:
+        killing = pool.submit(kill)
+        with pytest.raises(OSError, match="the encoder ended with status -9"):
+            export(memoryview(bytes(16000)), 1, 8000, "ogg", None, target)
+        killing.result()
+    assert not list(target.parent.glob(".*"))
 
 
 def test_it_does_not_outlive_its_caller(endless, tmp_path):

@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
+from audiocraft.errors import InputError
 from audiocraft.serving import cli
 from audiocraft.serving.schema import write_schema
-from audiocraft.serving.server import CogServer, ServerError
+from audiocraft.serving.server import CogServer, ServerError, with_absolute_paths
 from tests.serving.client import (
     Served,
     assert_gone,
@@ -300,6 +301,11 @@ def test_variables_of_the_command_line_win(
     assert str(["0", "/models", str(tmp_path), ""]) in capsys.readouterr().err.splitlines()
     seen = json.loads((tmp_path / "output.json").read_text())
     assert seen["weights"] == ["str", str(tmp_path / "tuned.safetensors")]
+
+
+def test_the_home_of_nobody_is_no_store() -> None:
+    with pytest.raises(InputError, match=r"^AUDIOCRAFT_CACHE_DIR is '~nobody-here/x', and there"):
+        with_absolute_paths({"AUDIOCRAFT_CACHE_DIR": "~nobody-here/x"})
 
 
 @pytest.mark.parametrize(

@@ -338,12 +338,14 @@ def test_a_warmup_longer_than_the_training(said):
 
 def test_processes_without_a_gpu(monkeypatch, said):
     monkeypatch.setattr(training, "find_devices", list)
+    monkeypatch.setattr(training, "device_warning", lambda: None)
     assert training._processes() == 1
-    (warning,) = said.messages
-    assert warning == (
-        "There is no GPU that torch can use, so this trains on the CPU, many times slower; if "
-        "there should be one, look with nvidia-smi."
-    )
+    monkeypatch.setattr(training, "device_warning", lambda: "Warning: GPU 0 is there, but")
+    assert training._processes() == 1
+    assert said.messages == [
+        "There is no GPU: this trains on the CPU.",
+        "Warning: GPU 0 is there, but",
+    ]
     monkeypatch.setenv("TRAIN_PROCESSES", "3")
     assert training._processes() == 3
     monkeypatch.setenv("TRAIN_PROCESSES", "")
