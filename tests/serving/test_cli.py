@@ -15,7 +15,7 @@ from audiocraft.errors import InputError
 from audiocraft.serving import cli, outputs
 from audiocraft.serving.arguments import check_inputs, parse_environment, parse_inputs
 from audiocraft.serving.device import DeviceCheck, device_warning
-from audiocraft.serving.server import plain_message
+from audiocraft.serving.server import CogServer, plain_message
 
 SCHEMA: dict[str, Any] = {
     "properties": {
@@ -415,11 +415,12 @@ def test_the_name_chooses_the_format(
     (tmp_path / "folder.mp3").mkdir()
     seen = []
 
-    def answer(_server: object, inputs: dict[str, Any]) -> dict[str, Any]:
+    def ask(_server: CogServer, inputs: dict[str, Any]) -> dict[str, Any]:
         seen.append(inputs)
         return {"status": "succeeded", "output": None}
 
-    monkeypatch.setattr(cli, "_ask", answer)
+    monkeypatch.setattr(CogServer, "__enter__", lambda server: server)
+    monkeypatch.setattr(CogServer, "ask", ask)
     assert cli.main(["predict", *arguments]) == 0
     assert seen == [{} if asked is None else {"output_format": asked}]
 
