@@ -142,6 +142,15 @@ def test_a_gpu(place, packages):
     assert 0 < record["rounds"][0]["weights_gb"] < record["rounds"][0]["loop_peak_gb"]
 
 
+def test_a_device_that_is_known_is_not_probed(monkeypatch, place, packages):
+    monkeypatch.setattr(generate, "probe_device", None)
+    monkeypatch.setattr(generate, "take_turns", lambda jobs, *_: [[{"error": "no"}] for _ in jobs])
+    known = {"device": "A", "bandwidth_gb_per_s": 50, "precisions": ["float32"], "versions": {}}
+    record = generate.measure(Plan("small", ()), packages, place, None, known)
+    assert (record["device"], record["bandwidth_gb_per_s"]) == ("A", 50)
+    assert [row["precision"] for row in record["rows"]] == ["float32"]
+
+
 def test_a_side_that_fails_is_a_row(packages):
     found = run_side(Job("make_file", "cpu", release="/nowhere"), packages)
     assert "/nowhere" in found["error"]

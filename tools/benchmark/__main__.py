@@ -12,7 +12,7 @@ COMMANDS: Final = {
     "mbd": "how fast codes are decoded with MultiBand Diffusion, by this package and audiocraft",
     "profile": "what the device does in one step",
     "todo": "the figures of a GPU that are still missing, also as --gpu-todo",
-    "table": "the README's tables, from what benchmarks/ holds",
+    "table": "the README's tables, from what benchmarks/ holds, and what is asked of it",
 }
 _USAGE: Final = "scripts/benchmark COMMAND [--help] [flags of the command...]"
 

@@ -5,7 +5,7 @@ import json
 import shlex
 import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +137,11 @@ def scratch() -> Iterator[Scratch]:
 
 
 def measure(
-    plan: Plan, packages: Packages, place: Scratch, deadline: float | None = None
+    plan: Plan,
+    packages: Packages,
+    place: Scratch,
+    deadline: float | None = None,
+    probe: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measures all sides in turn.
 
@@ -146,6 +150,7 @@ def measure(
         packages: of the sides.
         place: of the weights.
         deadline: on the monotonic clock, when everything is ended.
+        probe: of the device, see `probe_device`; probed before and after if not given.
 
     Returns:
         A record: `device`, `rows`, and what they come from.
@@ -153,8 +158,8 @@ def measure(
     Raises:
         InputError: the device cannot be used.
     """
-    probe = probe_device(plan.device, packages, deadline)
-    precisions = plan.precisions or tuple(probe["precisions"])
+    known = probe or probe_device(plan.device, packages, deadline)
+    precisions = plan.precisions or tuple(known["precisions"])
     theirs = "float32" if plan.device == "cpu" else "float16"
     sides: list[tuple[System, str]] = [("ours", precision) for precision in precisions]
     sides += [(peer, theirs) for peer in plan.against]
@@ -165,20 +170,21 @@ def measure(
         say(f"{job.version} x {job.batch}, {job.system} {job.precision}, round {number}: {said}")
 
     found = take_turns(jobs, plan.rounds, packages, tell, deadline)
-    # Before and after, since a machine's memory is not always as fast.
-    probes = [probe]
-    try:
-        probes.append(probe_device(plan.device, packages, deadline))
-    except InputError as error:  # what has been measured is kept
-        say(f"The memory's speed is that before the first side: {error}")
+    probes = [known]
+    if probe is None:
+        # Before and after, since a machine's memory is not always as fast.
+        try:
+            probes.append(probe_device(plan.device, packages, deadline))
+        except InputError as error:  # what has been measured is kept
+            say(f"The memory's speed is that before the first side: {error}")
     bandwidth = statistics.median(one["bandwidth_gb_per_s"] for one in probes)
     shape = Shape.of(plan.version, place.shapes)
     end = shape.positions(int(plan.seconds * FRAME_RATE), TEXT_TOKENS)
     return {
         "command": shlex.join(["scripts/benchmark", *plan.arguments]),
-        "device": probe["device"],
+        "device": known["device"],
         "date": today(),
-        "versions": {**probe["versions"], **packages.versions(PEERS)},
+        "versions": {**known["versions"], **packages.versions(PEERS)},
         "bandwidth_gb_per_s": rounded(bandwidth),
         "rows": [
             _row(plan, side, results, bandwidth, shape)

@@ -4,7 +4,7 @@ import argparse
 import json
 import shlex
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -108,7 +108,11 @@ class Plan:
 
 
 def measure(
-    plan: Plan, packages: Packages, place: Scratch, deadline: float | None = None
+    plan: Plan,
+    packages: Packages,
+    place: Scratch,
+    deadline: float | None = None,
+    probe: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measures both sides in turn.
 
@@ -117,6 +121,7 @@ def measure(
         packages: of the sides.
         place: of the weights.
         deadline: on the monotonic clock, when everything is ended.
+        probe: of the device, see `probe_device`; probed here if not given.
 
     Returns:
         A record: `device`, `diffusion` with the networks' shape, `rows`, and what they come from.
@@ -124,7 +129,7 @@ def measure(
     Raises:
         InputError: the device cannot be used.
     """
-    probe = probe_device(plan.device, packages, deadline)
+    probe = probe or probe_device(plan.device, packages, deadline)
     jobs = _jobs(plan, place)
 
     def tell(job: Job, number: int, result: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 import json
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -29,6 +29,7 @@ def measure(
     packages: Packages,
     place: Scratch,
     deadline: float | None = None,
+    probe: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Profiles a step, on a GPU with and without a graph.
 
@@ -38,6 +39,7 @@ def measure(
         packages: of the process.
         place: of the weights.
         deadline: on the monotonic clock, when it is ended.
+        probe: of the device, see `probe_device`; probed here if not given.
 
     Returns:
         A record: `device`, `rows`, and what they come from.
@@ -45,7 +47,7 @@ def measure(
     Raises:
         AudiocraftError: it cannot be measured.
     """
-    probe = probe_device(device, packages, deadline)
+    probe = probe or probe_device(device, packages, deadline)
     release = str(place.release(version))
     precision = probe["precisions"][0]
     job = Job("profile", device, version=version, precision=precision, release=release)

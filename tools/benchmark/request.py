@@ -3,7 +3,7 @@
 import json
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ def measure(
     packages: Packages,
     place: Scratch,
     deadline: float | None = None,
+    probe: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measures the first request of a process and the one after it.
 
@@ -34,6 +35,7 @@ def measure(
         packages: of the process.
         place: of the weights.
         deadline: on the monotonic clock, when it is ended.
+        probe: of the device, see `probe_device`; probed here if not given.
 
     Returns:
         A record: `device`, `rows`, and what they come from.
@@ -41,7 +43,7 @@ def measure(
     Raises:
         AudiocraftError: it cannot be measured.
     """
-    probe = probe_device(device, packages, deadline)
+    probe = probe or probe_device(device, packages, deadline)
     release = str(place.release(version))
     left = None if deadline is None else max(1.0, deadline - time.monotonic())
     precision = probe["precisions"][0]

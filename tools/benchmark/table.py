@@ -1,4 +1,4 @@
-"""The README's tables of what `benchmarks/` holds: `scripts/benchmark table`."""
+"""The README's tables of what `benchmarks/` holds, and what is asked: `scripts/benchmark table`."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -7,6 +7,7 @@ from audiocraft.errors import InputError
 from audiocraft.serving.command import Parser
 from tools.benchmark.records import load_all
 from tools.benchmark.shapes import ROOT
+from tools.benchmark.targets import TARGETS
 
 README: Final = ROOT / "README.md"
 BEGIN: Final = "<!-- benchmarks: written by scripts/benchmark table --write -->"
@@ -106,6 +107,19 @@ def tables(records: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
+def judgements(records: Mapping[str, Mapping[str, Any]]) -> str:
+    """What is asked of records, and which are as good as that, in Markdown.
+
+    Args:
+        records: by name.
+    """
+    return _table(
+        "What is asked of the records",
+        ("record", "asked", "measured", "limit", "verdict"),
+        ([f"`{one.record}`", one.asked, *one.judge(records)] for one in TARGETS),
+    )
+
+
 def _of(records: Mapping[str, Mapping[str, Any]], prefix: str) -> Iterator[Mapping[str, Any]]:
     return (record for name, record in records.items() if name.startswith(prefix))
 
@@ -167,14 +181,16 @@ def main(arguments: Sequence[str]) -> None:
     """Prints the tables, or puts them into the README."""
     parser = Parser(
         prog="scripts/benchmark table",
-        description="The README's tables, from what benchmarks/ holds.",
+        description="The README's tables, from what benchmarks/ holds, and, record by record, "
+        "what is asked of it and whether that is met.",
         allow_abbrev=False,
     )
     parser.add_argument("--write", action="store_true", help="put them between the README's marks")
     given = parser.parse_args(arguments)
-    text = tables(load_all())
+    records = load_all()
+    text = tables(records)
     if not given.write:
-        print(text)
+        print(f"{text}\n\n{judgements(records)}")
         return
     readme = README.read_text()
     block(readme)  # raises without marks
