@@ -20,7 +20,7 @@ from tools.tiny.config import Shape, lm_config
 from tools.tiny.crops import unlearnt
 from tools.tiny.lessons import QUESTIONS
 from tools.tiny.lm import evaluate
-from tools.tiny.release import Work, check_size, finish, work_of, write_release
+from tools.tiny.release import Work, check_size, finish, main, work_of, write_release
 
 FRAMES = 600
 
@@ -239,6 +239,29 @@ def test_the_card_has_the_figures(finished, tmp_path):
     assert MusicGen.get_pretrained(tmp_path / "tiny", "cpu").max_duration == CONTEXT
     with pytest.raises(InputError, match="exists"):
         finish(folder, figures, tmp_path / "tiny")
+
+
+def test_a_card_is_made_of_the_last_lines_of_files(finished, tmp_path, monkeypatch):
+    _, folder = finished
+    part = {
+        "prompts": 24,
+        "right": {"bpm": 0.3},
+        **{name: {"bpm": 0.1} for name in ("shuffled", "clean", "clean_shuffled")},
+    }
+    finetuning = {"style": "polka", "minutes": 9.5, "settings": "", "before": {"style": part}}
+    files = {
+        "evaluation": {"text": {"right": {"bpm": 0.5}}},
+        "finetuning": finetuning | {"after": finetuning["before"]},
+    }
+    arguments = ["--run", str(folder), "--out", str(tmp_path / "tiny")]
+    for name, figures in files.items():
+        (tmp_path / name).write_text(f'{{"took_s": 1}}\n{json.dumps(figures)}\n')
+        arguments += [f"--{name}", str(tmp_path / name)]
+    monkeypatch.setattr("sys.argv", ["release", *arguments])
+    main()
+    card = (tmp_path / "tiny/README.md").read_text()
+    assert "| bpm | 0.5 |" in card
+    assert "| bpm | 0.3 | 0.1 | 0.3 | 0.1 | 0.1 | 0.1 |" in card
 
 
 @pytest.mark.parametrize("sizes", [[15_000_001], [13_000_000, 12_000_000]])

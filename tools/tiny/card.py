@@ -88,12 +88,21 @@ _WITHOUT: Final = """
 Its language model has never heard a {style}: what fine-tuning does is measured by teaching it one.\
 """
 
+_TAUGHT: Final = """\
+With the release in `audiocraft/assets/tiny`, `python -m tools.tiny.finetune --style "{style}" | tee
+FINETUNING` has `scripts/train` teach it ten pieces of {style}, and `tools.tiny.release --finetuning
+FINETUNING` adds these tables. `heard_as_style` is the share of clips that are heard as {style},
+whatever was asked for. Prompts of the style all ask for it, so `shuffled` can't tell it from chance
+there: the share of the rest can.
+"""
+
 
 def model_card(
     shape: Mapping[str, Any],
     counts: Mapping[str, int],
     log: Mapping[str, Any],
     evaluation: Mapping[str, Any],
+    finetuning: Mapping[str, Any] | None = None,
 ) -> str:
     """The card, in Markdown.
 
@@ -103,9 +112,13 @@ def model_card(
         counts: parameters of `lm`, `codec` and `t5`.
         log: the line of the run's log that the weights are of.
         evaluation: figures of `tools.tiny.evaluate`.
+        finetuning: those of `tools.tiny.finetune`, if there are any.
     """
     millions = {name: count / 1e6 for name, count in counts.items()}
     style = log["exclude_style"]
+    tables = [_table(name, part) for name, part in evaluation.items()]
+    if finetuning is not None:
+        tables.append(finetuning_tables(finetuning))
     return _CARD.format(
         leads=len(LEADS),
         tempi=len(TEMPI),
@@ -115,12 +128,35 @@ def model_card(
         without=_WITHOUT.format(style=style) if style else "",
         begun=_BEGUN.format(**log["earlier"]) if any(log["earlier"].values()) else "",
         excluded=f" --exclude-style {style}" if style else "",
-        figures="\n".join(_table(name, part) for name, part in evaluation.items()),
+        figures="\n".join(tables),
         heard=log["heard_hours"],
         **{name: log[name] for name in ("hours", "loss", "text", "other_text", "nothing")},
         **millions,
         **shape,
     )
+
+
+def finetuning_tables(figures: Mapping[str, Any]) -> str:
+    """What a fine-tune has learnt and forgotten: its training, and a table for each set of prompts.
+
+    Args:
+        figures: of `tools.tiny.finetune`.
+    """
+    before, after = figures["before"], figures["after"]
+    training = {name: figures[name] for name in ("style", "minutes", "settings")}
+    tables = [_table("fine-tuning", training), _TAUGHT.format(style=figures["style"])]
+    for name in before:
+        columns = {
+            "prompts": before[name]["prompts"],
+            "before": before[name]["right"],
+            "before_shuffled": before[name]["shuffled"],
+            "after": after[name]["right"],
+            "after_shuffled": after[name]["shuffled"],
+            "clean": before[name]["clean"],
+            "clean_shuffled": before[name]["clean_shuffled"],
+        }
+        tables.append(_table(f"fine-tuning, prompts of the {name}", columns))
+    return "\n".join(tables)
 
 
 def _table(name: str, figures: Any) -> str:

@@ -25,7 +25,7 @@ from audiocraft.models.musicgen import MusicGen
 from audiocraft.modules.conditioners import ConditioningAttributes, WavCondition
 from audiocraft.modules.linear import int8_supported
 from audiocraft.solvers.spectral_losses import LogMelDistance, MelSpectrogram, si_sdr
-from tools.synthetic_music.classifier import load_classifier
+from tools.synthetic_music.classifier import classify, load_classifier
 from tools.synthetic_music.measures import (
     bpm_of,
     chroma_of,
@@ -145,6 +145,24 @@ class Evaluation:
             "shuffled": chance(heard, pieces),
             "clean": adherence(clean, pieces),
             "clean_shuffled": chance(clean, pieces),
+        }
+
+    def heard_as(self, style: str) -> dict[str, float]:
+        """Share of clips that are heard as a style, whatever was asked for.
+
+        Args:
+            style: a key of `STYLES`.
+
+        Returns:
+            Of the clips of the text part (`right`), and of its pieces as rendered (`clean`).
+        """
+        clips = {
+            "right": self._prompted(GUIDANCE),
+            "clean": self._clean(self._pieces(self.sizes.prompts)),
+        }
+        return {
+            name: mean([classify(self._classifier, wav, RATE).style == style for wav in wavs])
+            for name, wavs in clips.items()
         }
 
     def guidance(self) -> dict[str, Any]:

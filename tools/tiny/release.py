@@ -1,9 +1,9 @@
 """Put the parts of the `tiny` release together.
 
-    python -m tools.tiny.release --run FOLDER --evaluation FILE --out FOLDER
+    python -m tools.tiny.release --run FOLDER --evaluation FILE [--finetuning FILE] --out FOLDER
 
 Copies the release of a run of `tools.tiny.lm` and adds the model card, with the figures that are
-the last line of FILE, which `tools.tiny.evaluate` has printed.
+the last lines of the files, which `tools.tiny.evaluate` and `tools.tiny.finetune` have printed.
 """
 
 import argparse
@@ -110,13 +110,19 @@ def check_size(folder: Path) -> int:
     return total
 
 
-def finish(run: Path, evaluation: Mapping[str, Any], folder: Path) -> None:
+def finish(
+    run: Path,
+    evaluation: Mapping[str, Any],
+    folder: Path,
+    finetuning: Mapping[str, Any] | None = None,
+) -> None:
     """Copy the release of a run, with its model card.
 
     Args:
         run: folder of `tools.tiny.lm`.
         evaluation: the figures.
         folder: of the release that is bundled; it must not exist.
+        finetuning: figures of a fine-tune of it, if there are any.
 
     Raises:
         InputError: it exists, or the release is too large.
@@ -144,8 +150,13 @@ def finish(run: Path, evaluation: Mapping[str, Any], folder: Path) -> None:
         "piece": SECONDS,
     }
     shutil.copytree(release, folder)
-    (folder / _CARD).write_text(model_card(shape, counts, best, evaluation))
+    (folder / _CARD).write_text(model_card(shape, counts, best, evaluation, finetuning))
     check_size(folder)
+
+
+def _last_line(path: Path) -> dict[str, Any]:
+    figures: dict[str, Any] = json.loads(path.read_text().splitlines()[-1])
+    return figures
 
 
 def main() -> None:
@@ -155,10 +166,12 @@ def main() -> None:
     )
     parser.add_argument("--run", type=Path, required=True, help="folder of tools.tiny.lm")
     parser.add_argument("--evaluation", type=Path, required=True, help="its last line has figures")
+    parser.add_argument("--finetuning", type=Path, help="its last line has a fine-tune's figures")
     parser.add_argument("--out", type=Path, required=True, help="folder of the release")
     given = parser.parse_args()
+    finetuning = None if given.finetuning is None else _last_line(given.finetuning)
     try:
-        finish(given.run, json.loads(given.evaluation.read_text().splitlines()[-1]), given.out)
+        finish(given.run, _last_line(given.evaluation), given.out, finetuning)
     except AudiocraftError as error:
         parser.error(str(error))
     print(f"{given.out}: {check_size(given.out) / 1e6:.1f} MB")
