@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,7 @@ NOT_HERE = {
     "scripts/download stereo-melody --train": "tests/serving/test_download.py",
     "pip install .": "tests/test_packaging.py",
 }
+FIRST_SECONDS = 30  # that the first command may take where everything is installed
 
 
 def blocks(language: str) -> list[str]:
@@ -163,8 +165,12 @@ def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
 )
 def test_a_command(command, folder):
     before = set(folder.rglob("*"))
+    began = time.monotonic()
     done = shell(command, folder)
+    took = time.monotonic() - began
     assert done.returncode == 0, done.stderr
+    if command == commands()[0]:
+        assert took < FIRST_SECONDS
     made = set(folder.glob("project/weights/*.safetensors"))
     assert len(made) == (command.startswith("scripts/train") and "--dry-run" not in command)
     if command.startswith("scripts/predict"):

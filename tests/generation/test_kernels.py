@@ -1,7 +1,8 @@
 """Every kernel compiles for the GPUs that it is for, within their registers and shared memory.
 
 No device is needed for it, and none for what these numbers say: a kernel whose values do not fit
-the registers is slow, and one that asks for too much shared memory does not start.
+the registers is slow, and one that asks for too much shared memory does not start. Nor is one for
+the memory that a step takes of the device.
 """
 
 import re
@@ -14,6 +15,7 @@ from torch import nn
 
 from audiocraft.generation.weights import collect
 from audiocraft.modules.transformer import Norm, Transformer, TransformerConfig
+from tools.benchmark.shapes import TEXT_TOKENS, Shape
 
 triton = pytest.importorskip("triton", reason="there is no Triton on this system")
 
@@ -48,16 +50,23 @@ def launches(monkeypatch):
     return calls
 
 
-def run_step_of(size, dtype, batch, branches, choice, bias=False):
-    from audiocraft.generation import step
-
+def modules(size, dtype, layers=1, bias=False):
+    """A version's language model as `collect` takes it, without its numbers."""
     dim, heads = SIZES[size]
-    config = TransformerConfig(dim, heads, 1, cross_attention=True, bias_attn=bias, bias_ff=bias)
+    config = TransformerConfig(
+        dim, heads, layers, cross_attention=True, bias_attn=bias, bias_ff=bias
+    )
     with torch.device("meta"):
         embeddings = nn.ModuleList(nn.Embedding(2049, dim) for _ in range(4)).to(dtype)
         linears = nn.ModuleList(nn.Linear(dim, 2048, bias) for _ in range(4)).to(dtype)
         decoder, norm = Transformer(config).to(dtype), Norm(dim).to(dtype)
-    weights = collect(embeddings, decoder, norm, linears)
+    return embeddings, decoder, norm, linears
+
+
+def run_step_of(size, dtype, batch, branches, choice, bias=False):
+    from audiocraft.generation import step
+
+    weights = collect(*modules(size, dtype, bias=bias))
     room = step.Size(batch, branches, 1536, 1536, 64)
     step.run_step(weights, step.allocate(weights, room, torch.device("meta")), choice)
 
@@ -158,3 +167,22 @@ def test_all_batches(launches, tmp_path, monkeypatch, size, capability, dtype):
         for choice in choices:
             run_step_of(size, dtype, batch, branches, choice, bias=batch == 2)
     check(launches, capability, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("size", ["medium", "large"])
+def test_steps_take_little_more_memory_than_weights_and_cache(size, batch):
+    """Of 30 s, guided. Text encoder and codec, which lie there as well, count on neither side."""
+    from audiocraft.generation import step
+
+    shape = Shape.of(size)
+    parts = modules(size, torch.float16, shape.layers)
+    weights = sum(weight.nbytes for part in parts for weight in part.parameters())
+    assert weights > shape.weight_bytes("float16")
+    positions = shape.positions(1500, TEXT_TOKENS)
+    cache = shape.cache_bytes("float16", "cuda", batch, positions)
+    steps = 1500 + shape.max_delay + 1
+    asked = step.Size(batch, branches=2, steps=steps, positions=steps, memory=TEXT_TOKENS)
+    buffers = step.allocate(collect(*parts), asked.rounded(), torch.device("meta"))
+    taken = weights + sum(buffer.nbytes for buffer in vars(buffers).values())
+    assert weights + cache < taken <= 1.2 * (weights + cache)

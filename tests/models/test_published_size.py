@@ -32,11 +32,21 @@ def small():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("two_cores")
-@pytest.mark.skipif(
-    "bfloat16" not in offered_precisions(torch.device("cpu")), reason="this CPU has no bfloat16"
+@pytest.mark.parametrize(
+    "precision",
+    [
+        "float16",  # a GPU's default; a CPU computes with it too, but slowly
+        pytest.param(
+            "bfloat16",
+            marks=pytest.mark.skipif(
+                "bfloat16" not in offered_precisions(torch.device("cpu")),
+                reason="this CPU has no bfloat16",
+            ),
+        ),
+    ],
 )
 @torch.no_grad()
-def test_first_logits_in_bfloat16():
+def test_first_logits_in_16_bits(precision):
     """Of a request without a prompt and of one with, conditioned on a text and not."""
     lm = small()
     items = [ConditioningAttributes({"description": "90 bpm piano in C minor"})]
@@ -49,7 +59,7 @@ def test_first_logits_in_bfloat16():
             yield lm.advance(state, codes[..., : prompt + 1]).float()
 
     exact = torch.stack([*logits()])
-    lm.set_precision("bfloat16")
+    lm.set_precision(precision)
     ours = torch.stack([*logits()])
     cosine = torch.nn.functional.cosine_similarity(ours, exact, dim=-1)
     assert not torch.equal(ours, exact)
