@@ -299,12 +299,11 @@ def build_lm_model(
         WeightsError: this is not a MusicGen language model.
         AssetError: the text encoder cannot be fetched.
     """
-    name, cfg = checkpoint.name, checkpoint.cfg
+    name = checkpoint.name
     # Models built without memory-efficient attention have one more level in these names.
     state = {official_key(key): value for key, value in checkpoint.state.items()}
     with config_in_use(name):
-        check_config(name, cfg)
-        assert cfg is not None, "check_config refuses that"
+        cfg = check_config(name, checkpoint.cfg)
         _check_depth(name, cfg, state)
         with torch.device("meta"):
             model = get_lm_model(cfg, text_encoder)
@@ -321,8 +320,8 @@ def build_lm_model(
     return model.eval()
 
 
-def check_config(name: str, cfg: DictConfig | None) -> None:
-    """Whether there is a configuration of a language model, in its outlines.
+def check_config(name: str, cfg: DictConfig | None) -> DictConfig:
+    """The configuration of a language model, if it is one in its outlines.
 
     Raises:
         WeightsError: it is none, naming the file.
@@ -332,6 +331,7 @@ def check_config(name: str, cfg: DictConfig | None) -> None:
         raise WeightsError(
             f"{name} has no xp.cfg of a language model; give an official export or a fine-tune."
         )
+    return cfg
 
 
 @contextmanager

@@ -45,14 +45,13 @@ def job_key(dataset: str, settings: Mapping[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def work_folder(folder: Path, *, fresh: bool = False) -> Iterator[Path]:
+def work_folder(folder: Path) -> Iterator[Path]:
     """A folder that no other job uses until the block ends; it is made if missing.
 
     The lock is the kernel's: it ends with this process, however that ends.
 
     Args:
         folder: the folder.
-        fresh: remove everything in it first.
 
     Raises:
         InputError: another job uses it.
@@ -70,13 +69,19 @@ def work_folder(folder: Path, *, fresh: bool = False) -> Iterator[Path]:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        if fresh and (folder / CHECKPOINTS).is_dir():  # first: the rest is nothing without it
-            _remove(folder / f"{CHECKPOINTS}{UNFINISHED}")
-            (folder / CHECKPOINTS).replace(folder / f"{CHECKPOINTS}{UNFINISHED}")
         for path in list(folder.rglob("*")):
-            if (fresh and path.name != _LOCK) or is_leftover(path.name):
+            if is_leftover(path.name):
                 _remove(path)
         yield folder
+
+
+def clear(folder: Path) -> None:
+    """Remove all that a job has in its folder, which it holds."""
+    if (folder / CHECKPOINTS).is_dir():  # first: the rest is nothing without it
+        (folder / CHECKPOINTS).replace(folder / f"{CHECKPOINTS}{UNFINISHED}")
+    for path in folder.iterdir():
+        if path.name != _LOCK:
+            _remove(path)
 
 
 def _remove(path: Path) -> None:
@@ -104,7 +109,7 @@ def save_checkpoint(
         folder: of the job.
         update: that it was made after.
         state: of this process: tensors, numbers, texts, and dictionaries and lists of these. None
-            for a process that has no part of its own.
+            for a process that has no part of its own, or where nothing goes on from it.
         notes: what to know of it without loading it; JSON values.
         rank: of this process; the first one writes the notes.
         parts: processes that have a part, the first ones.

@@ -48,6 +48,11 @@ def find_devices() -> list[Device]:
     return [Device(**device) for device in _ask("find")]
 
 
+def threads_of(processes: int) -> int:
+    """Threads for each of so many processes, of the CPUs that this one's cpuset leaves it."""
+    return max(1, len(os.sched_getaffinity(0)) // processes)
+
+
 def matmul_speed(kind: str, threads: int) -> float:
     """FLOP/s of a large matrix product, measured now.
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from audiocraft.errors import TrainingError
+from audiocraft.solvers.devices import threads_of
 
 _POLL_S: Final = 0.1
 _FREE_MEMORY: Final = "end what else uses memory, and start the training again"
@@ -84,12 +85,10 @@ def launch(
 
 
 def _environment(processes: int) -> dict[str, str]:
-    # Of the CPUs that this process may use, as Slurm and containers allot them.
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
     package = str(Path(__file__).parents[2])
     paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
     return {
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(threads_of(processes)),
         **os.environ,
         "PYTHONPATH": paths,
         "PYTHONUNBUFFERED": "1",

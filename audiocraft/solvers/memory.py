@@ -5,7 +5,6 @@ backward pass was counted tensor by tensor in `audiocraft.modules.transformer`; 
 sum with what torch's allocator gives out in real updates.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Final
@@ -13,7 +12,13 @@ from typing import Final
 from audiocraft.errors import InputError
 from audiocraft.models.shapes import Shape, shape_of
 from audiocraft.models.versions import VERSIONS
-from audiocraft.solvers.devices import Device, find_devices, host_memory, matmul_speed
+from audiocraft.solvers.devices import (
+    Device,
+    find_devices,
+    host_memory,
+    matmul_speed,
+    threads_of,
+)
 from audiocraft.solvers.job import TrainingJob
 from audiocraft.solvers.optimizers import OptimizerName
 from audiocraft.solvers.plan import Plan
@@ -345,15 +350,17 @@ def _refusal(job: TrainingJob, room: _Room, where: str, sharded: bool | None) ->
         for clips in range(1, _share(job, room.processes) + 1)
     )
     what = f"lora_rank={job.lora_rank}" if job.lora_rank else "full fine-tuning"
-    goal = "" if sharded is None else f" to go on {'' if sharded else 'un'}sharded as it began"
+    goal = ""
+    if sharded is not None and room.gpu and room.processes > 1:  # else there is no choice
+        goal = f" to go on {'' if sharded else 'un'}sharded as it began"
     message = (
         f"model_version={job.version} with {what} and {job.optimizer} needs at least {_gb(least)} "
         f"of memory{goal}, {_gb(room.each)} are free {where}: "
     )
-    if sharded is not None:  # other settings would begin another training
-        fresh = ", or begin again with --fresh" if _find_plan(job, room) is not None else ""
-        return f"{message}end what else uses it{fresh}."
-    fitting = _alternatives(job, room)
+    if sharded is not None and _find_plan(job, room) is not None:
+        return message + "end what else uses it, or begin again with --fresh."
+    # Of one that goes on, other settings would begin another.
+    fitting = _alternatives(job, room) if sharded is None else []
     if not fitting:
         return message + "take a device with more, or end what else uses it."
     return message + f"give {' or '.join(fitting)}, which {'fit' if len(fitting) > 1 else 'fits'}."
@@ -454,7 +461,7 @@ def estimate_seconds(
             )
         per_epoch = -(-chunks // job.batch_size)
     kind = "cuda" if devices else "cpu"
-    speed = matmul_speed(kind, max(1, (os.cpu_count() or 1) // processes))
+    speed = matmul_speed(kind, threads_of(processes))
     clip = clip_flops(shape_of(job.version), job.lora_rank, plan or Plan())
     clips = job.epochs * per_epoch * _share(job, processes)
     return clips * clip / (speed * EFFICIENCY[kind])

@@ -27,7 +27,7 @@ from audiocraft.solvers.memory import memory_need
 from audiocraft.solvers.plan import Plan
 
 _CHECKPOINTS: Final = 2  # the last one stays until the next is whole
-_EXPORTS: Final = 3  # the best, the last, and the next
+_EXPORTS: Final = 2  # that of the last checkpoint, and the next
 
 
 def fetch_base(job: TrainingJob) -> None:
@@ -45,9 +45,7 @@ def fetch_base(job: TrainingJob) -> None:
     source = VERSIONS[job.version].source
     path = find_file(source, LM_FILE)
     checkpoint = read_checkpoint(path)
-    check_config(checkpoint.name, checkpoint.cfg)
-    cfg = checkpoint.cfg
-    assert cfg is not None, "check_config refuses that"
+    cfg = check_config(checkpoint.name, checkpoint.cfg)
     with config_in_use(checkpoint.name):
         hears_stems = _hears_stems(cfg)
         text_encoders = [

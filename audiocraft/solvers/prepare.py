@@ -44,8 +44,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     work = Path(sys.argv[1])
     job, place = read_job(work)
-    encoder = load_text_encoder(job.version)
-    check_description(job.one_same_description, encoder)
+    # T5 goes after each use: the music takes hours, and memory.
+    check_description(job.one_same_description, load_text_encoder(job.version))
     prepared = prepare(
         find(Path(place.dataset), Path(place.unpacked)),
         place.source,
@@ -54,7 +54,7 @@ def main() -> None:
         DatasetSettings(job.one_same_description, job.vocabularies, job.stems),
         place.device,
     )
-    save_prepared(work / DATASET_FILE, shorten(prepared, encoder))
+    save_prepared(work / DATASET_FILE, shorten(prepared, load_text_encoder(job.version)))
 
 
 def load_text_encoder(version: str) -> T5Conditioner:
@@ -69,9 +69,7 @@ def load_text_encoder(version: str) -> T5Conditioner:
     """
     path = find_file(VERSIONS[version].source, LM_FILE)
     checkpoint = read_checkpoint(path)
-    check_config(checkpoint.name, checkpoint.cfg)
-    cfg = checkpoint.cfg
-    assert cfg is not None, "check_config refuses that"
+    cfg = check_config(checkpoint.name, checkpoint.cfg)
     with config_in_use(checkpoint.name):
         provider = get_conditioner_provider(cfg.transformer_lm.dim, cfg, text_encoder_of(path))
     (name,) = provider.text_conditions
@@ -89,7 +87,8 @@ def check_description(description: str | None, encoder: T5Conditioner) -> None:
         InputError: it is.
     """
     line = one_line(description)
-    tokens = _count(line, encoder) if line else 0
+    # With the period that `merge_metadata` sets.
+    tokens = _count(f"{line.rstrip('.')}.", encoder) if line else 0
     if tokens > TEXT_TOKENS:
         raise InputError(
             f"one_same_description has {tokens} tokens, a training takes {TEXT_TOKENS} at most: "
@@ -153,9 +152,10 @@ def _shortened(known: ClipMetadata, tokenizer: Any) -> ClipMetadata:
         name: [_cost(f"{entry.lower()},", tokenizer) for entry in given]
         for name, given in entries.items()
     }
-    names = " ".join(f"{name}:" for name, given in entries.items() if given)
+    fixed = [f"{name}:" for name, given in entries.items() if given]
+    fixed += [f"bpm: {known.bpm}."] if known.bpm is not None else []
     # Besides there are one more period and the end.
-    room = TEXT_TOKENS - _cost(f"{names} bpm: {known.bpm}.", tokenizer) - 2
+    room = TEXT_TOKENS - _cost(" ".join(fixed), tokenizer) - 2
     described = _cost(known.description or "", tokenizer)
     sums = {name: sum(tokens) for name, tokens in costs.items()}
     while sum(sums.values()) > max(room // 2, room - described):

@@ -75,7 +75,7 @@ def choose_weights(state: RunState) -> tuple[int, str]:
         state: of a training that has ended.
     """
     if state.best is None:
-        assert state.exported is not None, "weights are exported at the end of each epoch"
+        assert state.exported is not None, "where nothing is measured, the last weights are"
         return state.exported, (
             f"The averaged weights of the last update, {state.exported}, are exported: with less "
             f"than {LEAST_SONGS} songs nothing was held out to choose better ones by."

@@ -91,7 +91,8 @@ def main() -> None:
     log_to_stdout(logging.INFO if first else logging.ERROR)
     trained, held_out = hold_out(load_prepared(work / DATASET_FILE).examples, job.seed)
     can = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    bfloat16 = _all_can(can, place.processes, device)
+    # DDP needs weights of one type in all processes.
+    bfloat16 = _all_say(can, place.processes, device)
     base = _load_base(job, device, bfloat16=bfloat16)
     settings = _settings(job, place, base.cfg, len(trained), bfloat16=bfloat16)
     trainer = Trainer(base.lm, settings)
@@ -114,13 +115,13 @@ def _join(place: Place) -> torch.device:
     return device
 
 
-def _all_can(can: bool, processes: int, device: torch.device) -> bool:
-    """Whether all processes can do something: DDP needs weights of one type in all of them."""
+def _all_say(said: bool, processes: int, device: torch.device) -> bool:
+    """Whether all processes say so; their GPUs may differ, and their clocks."""
     if processes == 1:
-        return can
-    said = torch.tensor([can], dtype=torch.int32, device=device)
-    distributed.all_reduce(said, distributed.ReduceOp.MIN)
-    return bool(said.item())
+        return said
+    least = torch.tensor([said], dtype=torch.int32, device=device)
+    distributed.all_reduce(least, distributed.ReduceOp.MIN)
+    return bool(least.item())
 
 
 def _load_base(job: TrainingJob, device: torch.device, *, bfloat16: bool) -> _Base:
@@ -281,7 +282,7 @@ class _Run:
         if update.number % self._every == 0 or update.number == state.updates:
             self._speak(update)
         is_end = update.number % state.updates_per_epoch == 0
-        if not is_end and self._agreed(time.monotonic() - self._saved > _SAVE_EVERY_S):
+        if not is_end and self._has_waited(_SAVE_EVERY_S):
             self._trainer.check_weights()
             self._save()
 
@@ -338,7 +339,8 @@ class _Run:
 
         A checkpoint of a large model takes as long as many updates, and from the one before, all
         that came since is made again bit for bit. The best weights are exported at once, for at the
-        next checkpoint they are gone; where nothing is measured, the last ones go with it.
+        next checkpoint they are gone; where nothing is measured, the last ones go with it. So at
+        most two exports are there: that of the checkpoint on the disk, and the next.
 
         Args:
             is_measured: whether the best weights are known, which are the result then.
@@ -347,11 +349,9 @@ class _Run:
             Whether it is saved.
         """
         state = self._state
-        is_last = state.update == state.updates
-        waited = time.monotonic() - self._saved >= _PAUSE_S
-        is_saved = is_last or self._is_small or self._agreed(waited)
+        is_saved = state.has_ended or self._is_small or self._has_waited(_PAUSE_S)
         is_of_use = state.best == state.update if is_measured else is_saved
-        if is_last or is_of_use:
+        if is_of_use:
             self._export()
         if is_saved:
             self._save()
@@ -364,7 +364,7 @@ class _Run:
         state.exported = state.update
         if weights is None:
             return
-        remove_weights(self._work, {state.best})
+        remove_weights(self._work)
         save_finetune(
             weights_file(self._work, state.update),
             weights,
@@ -380,7 +380,9 @@ class _Run:
         now = time.monotonic()
         state.seconds += now - self._counted
         self._counted = now
-        own = trainer.state_dict() if trainer.rank == 0 or state.sharded else None
+        # Nothing goes on from the last update: its notes say that the training has ended.
+        is_part = not state.has_ended and (trainer.rank == 0 or state.sharded)
+        own = trainer.state_dict() if is_part else None
         save_checkpoint(
             self._work,
             state.update,
@@ -397,21 +399,17 @@ class _Run:
     def _barrier(self) -> Callable[[], object]:
         return distributed.barrier if self._trainer.ranks > 1 else lambda: None
 
-    def _agreed(self, wanted: bool) -> bool:
-        """What the first process wants; clocks differ."""
-        if self._trainer.ranks == 1:
-            return wanted
-        said = torch.tensor([wanted], dtype=torch.int32, device=self._trainer.lm.device)
-        distributed.broadcast(said, 0)
-        return bool(said.item())
+    def _has_waited(self, seconds: float) -> bool:
+        """Whether the last checkpoint is so old, for all processes."""
+        waited = time.monotonic() - self._saved >= seconds
+        return _all_say(waited, self._trainer.ranks, self._trainer.lm.device)
 
     def _stopped(self, error: TrainingError) -> TrainingError:
         """The error, with what is kept; the same settings would end the same way."""
         text, state, saved = str(error).removesuffix("."), self._state, read_state(self._work)
         kept = [f"the checkpoint of update {saved.update}"] if saved else []
-        update = state.exported if state.best is None else state.best
-        if update is not None:
-            name = weights_file(self._work, update).name
+        if state.chosen is not None:
+            name = weights_file(self._work, state.chosen).name
             kept.append(f"as replicate_weights takes them, {name}")
         if not kept:
             return TrainingError(f"{text}; nothing was saved yet.")

@@ -24,7 +24,13 @@ from audiocraft.data.labels import check_label_models
 from audiocraft.data.report import write_report
 from audiocraft.errors import AssetError, InputError, TrainingError
 from audiocraft.models.versions import VERSIONS
-from audiocraft.solvers.checkpoints import CHECKPOINTS, find_checkpoint, job_key, work_folder
+from audiocraft.solvers.checkpoints import (
+    CHECKPOINTS,
+    clear,
+    find_checkpoint,
+    job_key,
+    work_folder,
+)
 from audiocraft.solvers.devices import Device, find_devices
 from audiocraft.solvers.job import JOB_FILE, Place, TrainingJob, write_job
 from audiocraft.solvers.launch import launch
@@ -32,18 +38,13 @@ from audiocraft.solvers.memory import estimate_seconds, plan_memory
 from audiocraft.solvers.needs import check_disk, check_result_folder, fetch_base, training_need
 from audiocraft.solvers.plan import Plan
 from audiocraft.solvers.prepare import DATASET_FILE
-from audiocraft.solvers.result import (
-    WEIGHTS_FILE,
-    choose_weights,
-    describe_training,
-    read_metadata,
-)
+from audiocraft.solvers.result import WEIGHTS_FILE, describe_training, read_metadata
 from audiocraft.solvers.state import (
     RunState,
     check_resumable,
     read_state,
+    remove_weights,
     show_time,
-    weights_file,
 )
 
 REPORT_FILE: Final = "report.json"
@@ -89,34 +90,39 @@ def run_job(
         AssetError: something is missing on disk, or room.
         TrainingError: a process failed, or the loss is not finite.
     """
-    # One that goes on is planned as it began, which is known when its folder is.
-    goes_on = not fresh and _is_begun(job, runs)
-    where = None if goes_on else _check(job, processes, allow_cpu=allow_cpu, log=log)
-    _check_room(job, runs, weights, log)
-    fetch_base(job)
+    # Before an archive is unpacked, where it is certain that there is nothing to go on from.
+    where = None
+    if not _may_go_on(job, runs):
+        where = _check(job, runs, processes, allow_cpu=allow_cpu, log=log)
+        _check_disk(job, runs, weights)
     found = find(dataset, runs / _UNPACKED)
     work = runs / job_key(found.key, asdict(job))
     log(f"Work folder: {work}")
-    with work_folder(work, fresh=fresh):
-        state, finished = read_state(work), _finished(work, weights)
+    with work_folder(work):
+        finished = None if fresh else _finished(work, weights)
         if finished is not None:
             log("This training has ended before: here is its result, nothing is trained again.")
             _show_result(finished, str(read_json(work / _RESULT)["sha256"]), log)
-            if state is not None:
-                _remove_states(work, state)
+            _remove_states(work)
             return finished
+        state = None if fresh else read_state(work)
         if state is None and not fresh:
             _show_other_batches(job, found.key, runs, log)
-        if where is None:
-            where = _check(job, processes, state, allow_cpu=allow_cpu, log=log)
-        is_prepared = (work / DATASET_FILE).is_file()
+        if where is None or state is not None:  # it may have begun meanwhile
+            where = _check(job, runs, processes, state, allow_cpu=allow_cpu, log=log)
+        has_ended = state is not None and state.has_ended
+        is_prepared = not fresh and (work / DATASET_FILE).is_file()
         settings = DatasetSettings(job.one_same_description, job.vocabularies, job.stems)
         needed = 0 if is_prepared else disk_need(found, settings, VERSIONS[job.version].melody)
         written = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
-        if _has_ended(state):  # and writes nothing but its result
+        if has_ended:  # and writes nothing but its result
             written = training_need(job)
         _check_disk(job, runs, weights, work=work, written=written, dataset=needed)
         check_result_folder(weights)
+        if not has_ended:
+            fetch_base(job)
+        if fresh:  # when nothing is refused any more
+            clear(work)
         place = Place(
             dataset=str(dataset.absolute()),
             source=dataset.name,
@@ -128,7 +134,7 @@ def run_job(
             plan=where.plan,
         )
         write_job(work, job, place)
-        if not _has_ended(state):
+        if not has_ended:
             _prepare(work, job, log)
             with _timed(work, "train"):
                 launch(
@@ -152,16 +158,18 @@ class _Where:
 
 def _check(
     job: TrainingJob,
+    runs: Path,
     processes: int | None,
     state: RunState | None = None,
     *,
     allow_cpu: bool,
     log: Log,
 ) -> _Where:
-    """Refuse what can be refused before anything is fetched.
+    """Refuse what does not fit itself or this machine, and say what it takes.
 
     Args:
         job: see `run_job`.
+        runs: see `run_job`.
         processes: see `run_job`.
         state: of a training that goes on; one that has ended is refused nothing.
         allow_cpu: see `run_job`.
@@ -173,7 +181,7 @@ def _check(
     """
     devices = find_devices()
     number = len(devices) or processes or 1
-    if _has_ended(state):
+    if state is not None and state.has_ended:
         return _Where(devices, number, Plan())
     if job.batch_size % number:
         raise InputError(
@@ -191,26 +199,11 @@ def _check(
     plan, lines = plan_memory(job, devices, number, sharded=sharded)
     for line in lines:
         log(line)
+    need = show_size(training_need(job))
+    log(f"Disk: up to {need} in {runs.absolute()} for checkpoints and weights, besides the music.")
     if job.vocabularies is not None:
         check_label_models()
     return _Where(devices, number, plan)
-
-
-def _has_ended(state: RunState | None) -> bool:
-    return state is not None and state.update == state.updates
-
-
-def _check_room(job: TrainingJob, runs: Path, weights: Path, log: Log) -> None:
-    """Say what a training takes on disk, and refuse it where that is not there.
-
-    Raises:
-        AssetError: there is not enough.
-    """
-    need = show_size(training_need(job))
-    log(f"Disk: up to {need} in {runs.absolute()} for checkpoints and weights, besides the music.")
-    # One that goes on has written some of it; how much is known when its folder is.
-    if not _is_begun(job, runs):
-        _check_disk(job, runs, weights)
 
 
 def _check_disk(
@@ -234,14 +227,14 @@ def _check_disk(
         ) from error
 
 
-def _is_begun(job: TrainingJob, runs: Path) -> bool:
-    """Whether there is a work folder with these settings, for whatever music."""
+def _may_go_on(job: TrainingJob, runs: Path) -> bool:
+    """Whether a training with these settings has a checkpoint; of this music or not."""
     own = _settings(job)
-    return any(settings == own for _, settings in _known(runs))
+    return any(settings == own and find_checkpoint(work) for work, settings in _known(runs))
 
 
 def _show_other_batches(job: TrainingJob, key: str, runs: Path, log: Log) -> None:
-    """Say where the same has begun with another batch_size.
+    """Say where the same has begun, and not ended, with another batch_size.
 
     That may be another because the number of GPUs is, to a multiple of which it is rounded.
 
@@ -254,7 +247,8 @@ def _show_other_batches(job: TrainingJob, key: str, runs: Path, log: Log) -> Non
     own = _settings(job)
     for work, settings in _known(runs):
         is_same = settings | {"batch_size": job.batch_size} == own
-        if is_same and work.name == job_key(key, settings) and find_checkpoint(work) is not None:
+        is_same = is_same and work.name == job_key(key, settings)
+        if is_same and find_checkpoint(work) and not (work / _RESULT).is_file():
             size = settings["batch_size"]
             log(
                 f"A training that differs in batch_size={size} alone has begun in {work}: give "
@@ -322,7 +316,7 @@ def _finish(work: Path, job: TrainingJob, place: Place, log: Log) -> Path:
         }
         write_report(prepared.report, work / REPORT_FILE, more)
         write_json(work / _RESULT, result)
-        _remove_states(work, state)
+        _remove_states(work)
         _show_result(path, result["sha256"], log)
     return path
 
@@ -339,16 +333,15 @@ def _alone(weights: Path, log: Log) -> Iterator[None]:
         yield
 
 
-def _remove_states(work: Path, state: RunState) -> None:
+def _remove_states(work: Path) -> None:
     """Remove what nothing goes on from, once a training has its result.
 
-    What stays makes the same again: the chosen weights, and notes that say that it has ended.
+    That is what it could not remove when it was killed right after its last checkpoint. What stays
+    makes the same again: the chosen weights, and notes that say that it has ended.
     """
-    kept = weights_file(work, choose_weights(state)[0])
-    states = work.glob(f"{CHECKPOINTS}/*/state-*.pt")
-    for path in (*states, *work.glob("weights-*.safetensors")):
-        if path != kept:
-            path.unlink()
+    for path in work.glob(f"{CHECKPOINTS}/*/state-*.pt"):
+        path.unlink()
+    remove_weights(work)
 
 
 def _said(path: Path, name: str) -> str:
@@ -428,8 +421,8 @@ def describe_run(
     Raises:
         AudiocraftError: `run_job` would refuse it at its start.
     """
-    where = _check(job, processes, allow_cpu=allow_cpu, log=log)
-    _check_room(job, runs, weights, log)
+    where = _check(job, runs, processes, allow_cpu=allow_cpu, log=log)
+    _check_disk(job, runs, weights)
     chunks = _look_at(dataset, VERSIONS[job.version].context, log)
     log(f"{where.processes} process{'es' * (where.processes > 1)} would train.")
     if job.updates_per_epoch == 0 and chunks is None:

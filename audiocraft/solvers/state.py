@@ -1,6 +1,6 @@
 """What is known of a training besides its tensors: how far it is, its losses, its best weights."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -45,7 +45,7 @@ class RunState:
         update: that is finished.
         seconds: that it has trained, over all its starts.
         best: update with the lowest validation loss; None before there is one.
-        exported: last update whose weights were exported.
+        exported: last update whose weights were exported; the best one, where there is one.
         recent: losses of each codebook in the updates since the last of `losses`.
         losses: in training.
         validation: of the averaged weights, on the held-out songs.
@@ -72,6 +72,16 @@ class RunState:
     def best_loss(self) -> float | None:
         """The lowest validation loss."""
         return next((value.loss for value in self.validation if value.update == self.best), None)
+
+    @property
+    def chosen(self) -> int | None:
+        """Update whose weights are the result as far as it is; None before any were exported."""
+        return self.exported if self.best is None else self.best
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether all updates are made."""
+        return self.update == self.updates
 
     def notes(self) -> dict[str, Any]:
         """All of it as JSON values."""
@@ -105,21 +115,20 @@ def weights_file(work: Path, update: int) -> Path:
     return work / f"weights-{update}.safetensors"
 
 
-def remove_weights(work: Path, kept: Collection[int | None] = ()) -> None:
+def remove_weights(work: Path) -> None:
     """Remove exported weights, but for those that the checkpoint names.
 
     Args:
         work: the folder of the training.
-        kept: updates whose weights stay as well.
 
     Raises:
         TrainingError: the checkpoint is broken.
     """
     state = read_state(work)
-    named = (state.best, state.exported) if state else ()
-    names = {weights_file(work, update).name for update in (*kept, *named) if update is not None}
+    update = state.chosen if state else None
+    named = None if update is None else weights_file(work, update)
     for path in work.glob("weights-*.safetensors"):
-        if path.name not in names:
+        if path != named:
             path.unlink()
 
 
@@ -141,10 +150,9 @@ def check_resumable(state: RunState, ranks: int, *, sharded: bool) -> None:
             f"{'sharded over' if parted else 'in'} {number} process{'es' * (number > 1)}"
             for parted, number in ((state.sharded, state.ranks), (sharded, ranks))
         )
-        remedy = "give it as many GPUs as before" if state.sharded else "free memory on the GPUs"
         raise InputError(
-            f"This training was {was} and would now be {now}: {remedy}, or begin again with "
-            "--fresh."
+            f"This training was {was} and would now be {now}: give it as many GPUs as before, or "
+            "begin again with --fresh."
         )
 
 

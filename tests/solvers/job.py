@@ -29,9 +29,9 @@ def main() -> None:
     if processes > 1:
         distributed.barrier()
     if action == "agree":
-        from audiocraft.solvers.rounds import _all_can
+        from audiocraft.solvers.rounds import _all_say
 
-        say(f"all can: {_all_can(rank != who, processes, torch.device('cpu'))}")
+        say(f"all say so: {_all_say(rank != who, processes, torch.device('cpu'))}")
     if action == "wait":
         say("ready")
         while True:

@@ -15,6 +15,7 @@ import torch
 
 from audiocraft.errors import InputError, TrainingError
 from audiocraft.solvers.checkpoints import (
+    clear,
     find_checkpoint,
     job_key,
     load_state,
@@ -102,6 +103,24 @@ def test_a_disk_that_is_too_small(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, 2, {"a": torch.zeros(900_000)}, {})
 
 
+def test_one_that_nothing_goes_on_from_is_its_notes_alone(tmp_path, monkeypatch):
+    """In place of the one before, whatever room there is."""
+    save_checkpoint(tmp_path, 5, {"update": 5}, {})
+    usage = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    both = threading.Barrier(2)
+
+    def save(rank):
+        save_checkpoint(tmp_path, 6, None, {"a": 1}, rank=rank, parts=2, barrier=both.wait)
+
+    other = threading.Thread(target=save, args=(1,))
+    other.start()
+    save(0)
+    other.join()
+    assert names(tmp_path) == ["checkpoints/6/notes.json"]
+    assert read_notes(find_checkpoint(tmp_path)) == {"a": 1}
+
+
 def test_parts_count_when_all_are_there(tmp_path):
     """Each process has a part; while one of them writes, there is nothing to be seen."""
     both = threading.Barrier(2)
@@ -152,7 +171,7 @@ def test_one_job_at_a_time(tmp_path):
         pass
 
 
-def test_a_fresh_folder_is_empty(tmp_path):
+def test_a_folder_that_is_cleared_is_empty_but_for_its_lock(tmp_path):
     folder, beside = tmp_path / "runs/abc", tmp_path / "runs/data"
     beside.mkdir(parents=True)
     (beside / "codes").touch()
@@ -161,15 +180,14 @@ def test_a_fresh_folder_is_empty(tmp_path):
         (folder / "music").symlink_to(beside)
     with work_folder(folder):
         assert find_checkpoint(folder) is not None
-    with work_folder(folder, fresh=True):
+        clear(folder)
         assert [path.name for path in folder.iterdir()] == ["lock"]
     assert (beside / "codes").exists()
 
 
-def test_a_fresh_folder_has_no_checkpoint_from_the_first_moment_on(tmp_path, monkeypatch):
-    with work_folder(tmp_path):
-        save_checkpoint(tmp_path, 3, {"update": 3}, {})
-        (tmp_path / "weights-3.safetensors").touch()
+def test_a_cleared_folder_has_no_checkpoint_from_the_first_moment_on(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, 3, {"update": 3}, {})
+    (tmp_path / "weights-3.safetensors").touch()
 
     def killed(path, **_options):
         if path.exists():
@@ -177,8 +195,8 @@ def test_a_fresh_folder_has_no_checkpoint_from_the_first_moment_on(tmp_path, mon
 
     monkeypatch.setattr(shutil, "rmtree", killed)
     monkeypatch.setattr(Path, "unlink", killed)
-    with pytest.raises(KeyboardInterrupt), work_folder(tmp_path, fresh=True):
-        pass
+    with pytest.raises(KeyboardInterrupt):
+        clear(tmp_path)
     monkeypatch.undo()
     assert find_checkpoint(tmp_path) is None
     with work_folder(tmp_path):

@@ -1,7 +1,7 @@
 """A training that goes on, and one that has ended: the chain of its processes without these."""
 
 import json
-import shutil
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from audiocraft.assets.download import SPARE
 from audiocraft.data.dataset import Prepared, save_prepared
 from audiocraft.data.report import DatasetReport
 from audiocraft.errors import AssetError, InputError
@@ -19,11 +18,13 @@ from audiocraft.solvers.checkpoints import save_checkpoint
 from audiocraft.solvers.devices import Device
 from audiocraft.solvers.job import read_job
 from audiocraft.solvers.memory import memory_need
+from audiocraft.solvers.needs import training_need
 from audiocraft.solvers.plan import Plan
 from audiocraft.solvers.prepare import DATASET_FILE
 from audiocraft.solvers.result import WEIGHTS_FILE, choose_weights
+from audiocraft.solvers.run import describe_run
 from audiocraft.solvers.state import Measured, RunState, read_state, weights_file
-from tests.solvers.trainings import SHORT, make_music, train
+from tests.solvers.trainings import SHORT, disk, make_music, train
 
 GB = 10**9
 UPDATES, BEST = 6, 3  # of `SHORT`
@@ -38,6 +39,7 @@ class Chain:
         devices: GPUs that are there.
         host: bytes of memory that the host has.
         until: the update after which a training is stopped.
+        fetched: jobs whose files were asked for.
         stages: that were started, by the last part of their module.
         options: of their launches, by stage.
         plan: that the last training had.
@@ -47,11 +49,12 @@ class Chain:
         self.devices = []
         self.host = 64 * GB
         self.until = UPDATES
+        self.fetched = []
         self.stages = []
         self.options = {}
         self.plan = None
         monkeypatch.setattr(run, "find_devices", lambda: self.devices)
-        monkeypatch.setattr(run, "fetch_base", lambda _: None)
+        monkeypatch.setattr(run, "fetch_base", self.fetched.append)
         monkeypatch.setattr(run, "launch", self.launch)
         monkeypatch.setattr("audiocraft.solvers.memory.host_memory", lambda: self.host)
 
@@ -86,13 +89,13 @@ class Chain:
             base_sha256="ab",
             update=self.until,
             best=BEST,
-            exported=self.until,
+            exported=BEST,
             validation=[Measured(BEST, 1.0, (1.0,))],
         )
-        save_checkpoint(work, self.until, {"a": torch.zeros(1)}, state.notes())
-        for update in {BEST, self.until}:
-            save_file({"a": torch.full((1,), float(update))}, weights_file(work, update))
-        if self.until < UPDATES:
+        save_file({"a": torch.full((1,), float(BEST))}, weights_file(work, BEST))
+        own = None if state.has_ended else {"a": torch.zeros(1)}
+        save_checkpoint(work, self.until, own, state.notes())
+        if not state.has_ended:
             raise KeyboardInterrupt
 
 
@@ -105,11 +108,6 @@ def chain(monkeypatch):
 @pytest.fixture
 def music(tmp_path):
     return make_music(tmp_path / "music", 1)
-
-
-def disk(monkeypatch, free):
-    usage = type("Usage", (), {"free": SPARE + free})
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
 
 
 def work_of(folder):
@@ -191,6 +189,75 @@ def test_one_that_has_ended_needs_no_memory(chain, music, tmp_path):
     assert load_file(again) == content == {"a": torch.tensor([float(BEST)])}
 
 
+def test_one_that_has_ended_is_refused_nothing(chain, music, tmp_path, monkeypatch):
+    """Neither a GPU is asked for then, nor a network, nor room."""
+    chain.devices = gpus(2, 80 * GB)
+    weights, _ = train(PAIR, music, tmp_path)
+    assert chain.fetched == [PAIR]
+    chain.fetched.clear()
+    monkeypatch.setattr(run, "find_devices", pytest.fail)
+    disk(monkeypatch, 0)
+    again, text = train(PAIR, music, tmp_path)
+    assert again == weights
+    assert "This training has ended before: here is its result" in text
+    assert chain.fetched == []
+
+
+@pytest.mark.parametrize("until", [4, UPDATES])
+def test_a_training_on_other_music_changes_no_refusal(chain, music, tmp_path, until):
+    """Nothing is fetched for what does not fit, whatever has the same settings."""
+    chain.devices = gpus(2, 80 * GB)
+    if until < UPDATES:
+        stopped(chain, PAIR, music, tmp_path)
+    else:
+        train(PAIR, music, tmp_path)
+    chain.fetched.clear()
+    chain.devices, chain.host = gpus(2, 2 * GB), 0
+    with pytest.raises(InputError) as caught:
+        train(PAIR, make_music(tmp_path / "more", 2), tmp_path)
+    assert re.search(
+        r" needs at least \d+\.\d GB of memory, 2\.0 GB are free .*: give .*, which fits\.$",
+        str(caught.value),
+    )
+    assert chain.fetched == []
+
+
+def test_what_is_refused_is_not_discarded(chain, music, tmp_path, monkeypatch):
+    """`--fresh` removes when nothing stands in its way any more, and counts that as room."""
+
+    def offline(_):
+        raise AssetError("There is no network.")
+
+    chain.devices = gpus(1, 80 * GB)
+    stopped(chain, SHORT, music, tmp_path)
+    work = work_of(tmp_path)
+    before = left(work)
+    chain.devices = gpus(1, 0.3 * GB)
+    with pytest.raises(InputError, match=r" needs at least "):
+        train(SHORT, music, tmp_path, fresh=True)
+    chain.devices = gpus(1, 80 * GB)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "fetch_base", offline)
+        with pytest.raises(AssetError, match=r"^There is no network"):
+            train(SHORT, music, tmp_path, fresh=True)
+    disk(monkeypatch, training_need(SHORT) * 3 // 4)
+    with pytest.raises(AssetError, match=r"^This training needs "):
+        train(SHORT, music, tmp_path, fresh=True)
+    assert left(work) == before
+    write_half(work)
+    (work / "note").touch()
+    train(SHORT, music, tmp_path, fresh=True)
+    assert chain.stages == ["prepare", "rounds"] * 2 + ["result", "samples"]
+    assert left(work) == ["6", "notes.json", "weights-3.safetensors"]
+    assert not (work / "note").exists()
+
+
+def write_half(work):
+    """As if half of what `SHORT` may write were there."""
+    with weights_file(work, BEST).open("wb") as file:
+        file.truncate(training_need(SHORT) // 2)
+
+
 def test_what_helps_where_memory_is_short(chain, music, tmp_path):
     """Other settings of the training help the training alone."""
     train(SHORT, music, tmp_path)
@@ -210,18 +277,18 @@ def test_the_state_goes_when_the_result_is_there(chain, music, tmp_path, monkeyp
     work = work_of(tmp_path)
     assert left(work) == ["6", "notes.json", "weights-3.safetensors"]
     assert read_state(work).update == UPDATES
-    # As one leaves it that was killed before.
-    for name in ("checkpoints/6/state-0.pt", "checkpoints/6/state-1.pt", "weights-6.safetensors"):
+    # As one leaves it that was killed after its last checkpoint, before it removed others.
+    (work / "checkpoints/5").mkdir()
+    for name in ("checkpoints/5/state-0.pt", "checkpoints/5/state-1.pt", "weights-2.safetensors"):
         (work / name).touch()
     chain.stages.clear()
     assert train(SHORT, music, tmp_path)[0] == weights
     assert chain.stages == []
-    assert left(work) == ["6", "notes.json", "weights-3.safetensors"]
+    assert left(work) == ["5", "6", "notes.json", "weights-3.safetensors"]
     (work / "result.json").unlink()
     disk(monkeypatch, 2 * shape_of("tiny").parameters)  # for the result alone
     train(SHORT, music, tmp_path)
     assert chain.stages == ["result", "samples"]
-    assert left(work) == ["6", "notes.json", "weights-3.safetensors"]
 
 
 def left(work):
@@ -238,8 +305,28 @@ def test_what_goes_on_keeps_its_state(chain, music, tmp_path):
         "notes.json",
         "state-0.pt",
         "weights-3.safetensors",
-        "weights-4.safetensors",
     ]
+
+
+def test_what_is_written_counts_as_room(chain, music, tmp_path, monkeypatch):
+    """Of one that goes on, and of no other with the same settings."""
+    stopped(chain, SHORT, music, tmp_path)
+    write_half(work_of(tmp_path))
+    disk(monkeypatch, training_need(SHORT) // 2)
+    with pytest.raises(AssetError, match=r"^This training needs "):
+        train(SHORT, make_music(tmp_path / "more", 2), tmp_path)
+    train(SHORT, music, tmp_path)
+    assert chain.stages == ["prepare", "rounds"] * 2 + ["result", "samples"]
+
+
+@pytest.mark.usefixtures("chain")
+def test_a_description_looks_at_the_disk_as_a_new_training_does(music, tmp_path, monkeypatch):
+    """Whatever has the same settings."""
+    train(SHORT, music, tmp_path)
+    disk(monkeypatch, training_need(SHORT) - 1)
+    places = {"runs": tmp_path / "runs", "weights": tmp_path / "weights"}
+    with pytest.raises(AssetError, match=r"^This training needs "):
+        describe_run(SHORT, music, **places, log=lambda _: None)
 
 
 def test_a_full_disk_names_what_may_be_removed(chain, music, tmp_path, monkeypatch):
@@ -261,7 +348,11 @@ def test_a_full_disk_names_what_may_be_removed(chain, music, tmp_path, monkeypat
 
 
 def test_another_batch_size_is_not_begun_without_a_word(chain, music, tmp_path):
-    """It may come of the number of GPUs alone; other settings and other music are no such case."""
+    """It may come of the number of GPUs alone.
+
+    Other settings and other music are no such case, and with one that has ended none goes on.
+    """
+    more = make_music(tmp_path / "more", 2)
     other = replace(SHORT, batch_size=8)
     stopped(chain, other, music, tmp_path)
     work = work_of(tmp_path)
@@ -269,13 +360,14 @@ def test_another_batch_size_is_not_begun_without_a_word(chain, music, tmp_path):
         f"A training that differs in batch_size=8 alone has begun in {work}: give batch_size=8, "
         "and processes whose number divides it, to go on with that one."
     )
-    for job, fresh, is_said in (
-        (SHORT, False, True),
-        (replace(SHORT, batch_size=4), True, False),
-        (replace(SHORT, seed=1), False, False),
-        (other, False, False),
+    for job, dataset, fresh, is_said in (
+        (SHORT, music, False, True),
+        (replace(SHORT, batch_size=4), music, True, False),
+        (replace(SHORT, seed=1), music, False, False),
+        (SHORT, more, False, False),
+        (other, music, False, False),  # it ends
+        (replace(SHORT, batch_size=6), music, False, False),
     ):
-        _, text = train(job, music, tmp_path, fresh=fresh)
+        text = train(job, dataset, tmp_path, fresh=fresh)[1]
         assert (line in text) == is_said
-    (music / "song 0.txt").write_text("another text\n")
-    assert "batch_size=" not in train(SHORT, music, tmp_path)[1]
+        assert text.count("batch_size=") == line.count("batch_size=") * is_said

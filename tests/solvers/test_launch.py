@@ -77,7 +77,7 @@ def test_a_caller_knows_what_takes_less_memory():
 
 
 def test_threads_are_those_of_the_cpus_that_may_be_used(monkeypatch):
-    """As a cpuset leaves them, and at least one."""
+    """As a cpuset leaves them, and at least one; OMP_NUM_THREADS comes first."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 3, 5, 7})
     monkeypatch.setattr(os, "cpu_count", lambda: 64)

@@ -17,6 +17,7 @@ from audiocraft.models.shapes import shape_of
 from audiocraft.models.versions import VERSIONS
 from audiocraft.modules.lora import attach, lora_config
 from audiocraft.solvers.conditions import ConditionSettings
+from audiocraft.solvers.devices import threads_of
 from audiocraft.solvers.job import TrainingJob
 from audiocraft.solvers.memory import (
     EFFICIENCY,
@@ -375,6 +376,19 @@ def test_what_goes_on_stays_as_it_began():
         plan_memory(LARGE, [gpu(5)] * 8, 8, 64 * GB, sharded=True)
 
 
+def test_what_goes_on_where_nothing_can_be_sharded():
+    """Neither other settings nor a new training would help it."""
+    job = TrainingJob("stereo-large", batch_size=2)
+    for devices, processes, host in (([gpu(24)], 1, 64 * GB), ([], 1, 24 * GB), ([], 2, 48 * GB)):
+        with pytest.raises(InputError) as caught:
+            plan_memory(job, devices, processes, host, sharded=False)
+        assert re.search(
+            r" needs at least \d+\.\d GB of memory, 24\.0 GB are free .*: take a device with more, "
+            r"or end what else uses it\.$",
+            str(caught.value),
+        )
+
+
 def test_what_goes_on_unsharded_may_keep_its_average_on_the_host():
     job = TrainingJob("stereo-large", batch_size=2)
     least = Plan(1, checkpointing=True, ema_on_host=True)
@@ -449,7 +463,7 @@ def test_time_is_that_of_the_updates():
     trainer = Trainer(lm, settings)
     trainer.train(clips, lambda _: None, until=1)
     threads = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(threads_of(1))
     ratios = []
     while len(ratios) < 5 and not any(1 / 5 < ratio < 5 for ratio in ratios):
         begin = time.perf_counter()
@@ -460,6 +474,22 @@ def test_time_is_that_of_the_updates():
         ratios.append(estimate / update)
     torch.set_num_threads(threads)
     assert 1 / 5 < ratios[-1] < 5, ratios
+
+
+def test_the_speed_is_that_of_a_process_s_threads(monkeypatch):
+    """Of the CPUs that a cpuset leaves."""
+    asked = []
+
+    def speed(*question):
+        asked.append(question)
+        return 1e9
+
+    monkeypatch.setattr("audiocraft.solvers.memory.matmul_speed", speed)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 3, 5, 7})
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    for processes in (1, 2, 8):
+        estimate_seconds(TrainingJob("tiny", batch_size=8), [], processes, None)
+    assert asked == [("cpu", 4), ("cpu", 2), ("cpu", 1)]
 
 
 def test_time_of_passes_through_the_music(monkeypatch):

@@ -258,14 +258,29 @@ def test_no_text_is_longer_than_memory_is_planned_for(known, encoder):
 
 
 def test_a_description_of_all_the_music_is_refused_where_it_is_too_long(encoder):
+    """It counts with the period that it is trained with: none that is taken is cut."""
     words = ["piano"] * TEXT_TOKENS
     while count(" ".join(words), encoder) > TEXT_TOKENS:
         words.pop()
-    check_description(" ".join(words), encoder)
-    text = " ".join([*words, "piano"])
-    with pytest.raises(InputError) as caught:
-        check_description(text, encoder)
-    assert str(caught.value) == (
-        f"one_same_description has {count(text, encoder)} tokens, a training takes {TEXT_TOKENS} "
-        "at most: shorten it to some 190 words."
-    )
+    text = " ".join(words)
+    assert count(f"{text}.", encoder) == TEXT_TOKENS + 1
+    for given in (text, f"{text}..."):
+        with pytest.raises(InputError) as caught:
+            check_description(given, encoder)
+        assert str(caught.value) == (
+            f"one_same_description has {TEXT_TOKENS + 1} tokens, a training takes {TEXT_TOKENS} "
+            "at most: shorten it to some 190 words."
+        )
+    fits = " ".join(words[1:])
+    assert longest(ClipMetadata(description=fits), encoder) == TEXT_TOKENS
+    for given in (fits, f"{fits}."):
+        check_description(given, encoder)
+        prepared = dataset(("a.wav", ClipMetadata(description=given)))
+        assert shorten(prepared, encoder) == prepared
+
+
+def test_no_room_is_left_for_what_is_not_known(encoder):
+    """Of a description alone no more is cut than has to be, and the last word."""
+    known = ClipMetadata(description=" ".join(["piano"] * 300))
+    (example,) = shorten(dataset(("a.wav", known)), encoder).examples
+    assert longest(example.metadata, encoder) == TEXT_TOKENS - 1

@@ -15,11 +15,11 @@ from audiocraft.errors import TrainingError
 from audiocraft.models.finetunes import read_finetune
 from audiocraft.modules.lora import attach, lora_config
 from audiocraft.solvers import rounds
-from audiocraft.solvers.checkpoints import find_checkpoint, load_state
+from audiocraft.solvers.checkpoints import find_checkpoint
 from audiocraft.solvers.job import TrainingJob
 from audiocraft.solvers.launch import launch
 from audiocraft.solvers.musicgen import Trainer
-from audiocraft.solvers.rounds import _all_can, _Base, _Run
+from audiocraft.solvers.rounds import _all_say, _Base, _Run
 from audiocraft.solvers.state import RunState, read_state, weights_file
 from tests.solvers.training import SETTINGS, clips, model
 
@@ -121,13 +121,13 @@ def measure(monkeypatch):
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_the_best_weights_are_kept_beside_the_last(tmp_path, said, rank, measure):
+def test_the_best_weights_alone_are_kept(tmp_path, said, rank, measure):
     """Here the second epoch is made the best of three by what is measured."""
     measure({0: 9.0, 10: 3.0, 20: 2.0, 30: 2.5})
     run(tmp_path, replace(JOB, epochs=3, updates_per_epoch=10, lora_rank=rank))
-    assert names(tmp_path) == ["checkpoints", "weights-20.safetensors", "weights-30.safetensors"]
+    assert names(tmp_path) == ["checkpoints", "weights-20.safetensors"]
     state = read_state(tmp_path)
-    assert (state.best, state.best_loss, state.exported) == (20, 2.0, 30)
+    assert (state.update, state.best, state.best_loss, state.exported) == (30, 20, 2.0, 20)
     assert [(value.update, value.loss) for value in state.validation] == [
         (0, 9.0),
         (10, 3.0),
@@ -147,15 +147,15 @@ def test_the_best_weights_are_kept_beside_the_last(tmp_path, said, rank, measure
 
 
 def test_what_is_exported_is_what_was_measured(tmp_path):
-    """The averaged weights in 16 bit: their loss is that of the last validation."""
+    """The averaged weights in 16 bit: their loss is that of the best validation."""
     run(tmp_path)
     state = read_state(tmp_path)
     lm = model()
     exported, _ = read_safetensors(weights_file(tmp_path, state.exported))
     lm.load_state_dict({name: tensor.float() for name, tensor in exported.items()})
     loss = Trainer(lm, SETTINGS).evaluate(clips(6)[:2], averaged=False)
-    assert float(loss.total) == pytest.approx(state.validation[-1].loss, abs=1e-3)
-    assert state.validation[-1].loss < state.validation[0].loss
+    assert float(loss.total) == pytest.approx(state.best_loss, abs=1e-3)
+    assert state.best_loss < state.validation[0].loss
 
 
 @pytest.mark.parametrize("stop", ["update 6/", "update 26/", "Epoch 1 of 2 is done"])
@@ -267,7 +267,10 @@ def test_without_a_best_weights_go_with_a_checkpoint(tmp_path, large):
 
 @pytest.mark.parametrize("measured", [2, 0])
 def test_epochs_that_were_not_saved_come_to_the_same_again(tmp_path, large, measure, measured):
-    """The best of them as well, which is there when it is interrupted, and named by nothing."""
+    """The best of them as well, which is there when it is interrupted, and named by nothing.
+
+    What came after it is not exported.
+    """
     measure(BEST_IN_BETWEEN)
     whole, halved = tmp_path / "whole", tmp_path / "halved"
     whole.mkdir()
@@ -282,8 +285,8 @@ def test_epochs_that_were_not_saved_come_to_the_same_again(tmp_path, large, meas
     assert_same(run(halved, SHORT_EPOCHS, measured).state_dict(), expected)
     ours, theirs = read_state(halved), read_state(whole)
     assert ours.notes() | {"seconds": 0} == theirs.notes() | {"seconds": 0}
-    assert (ours.best, ours.exported) == ((12, 20) if measured else (None, 20))
-    assert exports(halved) == exports(whole) == ([12, 20] if measured else [20])
+    assert (ours.best, ours.exported) == ((12, 12) if measured else (None, 20))
+    assert exports(halved) == exports(whole) == ([12] if measured else [20])
     for update in exports(whole):
         files = (weights_file(work, update) for work in (halved, whole))
         assert_same(*(read_safetensors(path)[0] for path in files))
@@ -309,17 +312,23 @@ def assert_same(ours, theirs):
         assert ours == theirs
 
 
-def test_a_run_that_has_ended_makes_no_updates(tmp_path, said):
-    run(tmp_path)
-    before = load_state(find_checkpoint(tmp_path))
-    said.clear()
-    run(tmp_path)
-    assert said.messages[-1] == "Going on after update 40 of 40."
-    assert_same(load_state(find_checkpoint(tmp_path)), before)
+@pytest.mark.parametrize("measured", [2, 0])
+def test_the_last_checkpoint_is_what_a_training_has_come_to(tmp_path, measured):
+    """Nothing goes on from it, so it holds no weights and no optimizer."""
+    with stopped_at("Epoch 1 of 2 is done"):
+        run(tmp_path, measured=measured)
+    assert names(find_checkpoint(tmp_path)) == ["notes.json", "state-0.pt"]
+    run(tmp_path, measured=measured)
+    assert names(tmp_path / "checkpoints") == ["40"]
+    assert names(find_checkpoint(tmp_path)) == ["notes.json"]
+    state = read_state(tmp_path)
+    assert state.has_ended
+    assert exports(tmp_path) == [state.chosen]
 
 
 def test_a_base_that_has_changed(tmp_path):
-    run(tmp_path, replace(JOB, epochs=1))
+    with stopped_at("Epoch 1 of 2 is done"):
+        run(tmp_path)
     with pytest.raises(TrainingError, match=r"^The weights of stereo-melody are not those that"):
         run(tmp_path, base="other")
 
@@ -423,16 +432,16 @@ def test_what_is_exported_and_in_no_checkpoint_is_named_as_well(tmp_path, large,
     assert large == [("export", 4, [])]
 
 
-def test_a_process_alone_does_what_it_can():
+def test_a_process_alone_has_its_say():
     cpu = torch.device("cpu")
-    assert _all_can(True, 1, cpu)
-    assert not _all_can(False, 1, cpu)
+    assert _all_say(True, 1, cpu)
+    assert not _all_say(False, 1, cpu)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("unable", "expected"), [(1, False), (2, True)])
-def test_processes_do_what_all_of_them_can(unable, expected):
+def test_processes_do_what_all_of_them_say(unable, expected):
     """Such as computing in bfloat16, which older GPUs cannot."""
     lines = []
     launch("tests.solvers.job", ["agree", str(unable)], 2, lines.append)
-    assert lines.count(f"all can: {expected}") == 2
+    assert lines.count(f"all say so: {expected}") == 2

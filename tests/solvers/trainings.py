@@ -4,12 +4,14 @@ As a module it is such a process, see `command`.
 """
 
 import json
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import soundfile
 
+from audiocraft.assets.download import SPARE
 from audiocraft.solvers.job import TrainingJob
 from audiocraft.solvers.run import run_job
 
@@ -36,6 +38,16 @@ def make_music(folder, songs, descriptions=True):
         if descriptions:
             (folder / f"song {number}.txt").write_text(f"slow piano, take {number}\n")
     return folder
+
+
+def disk(monkeypatch, free, elsewhere=None):
+    """A disk with so many bytes for a training; folders of others may have their own."""
+
+    def usage(folder):
+        left = (elsewhere or {}).get(folder, free)
+        return type("Usage", (), {"free": SPARE + left})
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
 
 
 def train(job, dataset, folder, processes=1, **options):
