@@ -285,6 +285,7 @@ def test_a_release_takes_the_place_of_the_one_before(finished, tmp_path):
         "compression_state_dict.safetensors",
         "state_dict.safetensors",
         "t5",
+        "work.json",
     ]
     assert not list(tmp_path.glob("*.unfinished"))
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from audiocraft import __version__
 from audiocraft.assets.tensors import read_safetensors
 from audiocraft.errors import AudiocraftError, InputError
-from audiocraft.models.loaders import CODEC_FILE, LM_FILE, find_file, read_config
+from audiocraft.models.loaders import CODEC_FILE, LM_FILE, read_config
 from tools.tiny.card import model_card
 from tools.tiny.dataset import SECONDS
 from tools.tiny.text_encoder import save_text_encoder
@@ -37,7 +37,7 @@ MOST_BYTES_OF_A_FILE: Final = 15_000_000
 
 _CARD: Final = "README.md"
 _SUFFIX: Final = ".safetensors"
-_WORK: Final = "trained"  # in the metadata of a file of weights
+_WORK: Final = "work.json"
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Work:
 
 def work_of(release: Path) -> Work:
     """What a release's weights have taken; nothing where it does not say."""
-    _, metadata = read_safetensors(find_file(release, LM_FILE))
-    return Work(**json.loads(metadata.get(_WORK, "{}")))
+    path = release / _WORK
+    return Work(**json.loads(path.read_text())) if path.is_file() else Work()
 
 
 def write_release(
@@ -84,11 +84,11 @@ def write_release(
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     metadata = {"xp.cfg": OmegaConf.to_yaml(cfg), "version": __version__, "exported": "true"}
-    metadata[_WORK] = json.dumps(asdict(work))
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     save_file(tensors, unfinished / f"{LM_FILE}{_SUFFIX}", metadata)
     shutil.copyfile(codec, unfinished / f"{CODEC_FILE}{_SUFFIX}")
     save_text_encoder(unfinished / "t5", *text_encoder)
+    (unfinished / _WORK).write_text(json.dumps(asdict(work)) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.replace(folder)
 
