@@ -4,6 +4,8 @@ It only generates: there is no dropout, so it is in evaluation mode always. Name
 those of the released files. Golden test: `mbd_tiny`.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -147,6 +149,7 @@ class _Decoder(nn.Module):
         self.convtr = nn.ConvTranspose1d(
             channels, out_channels, kernel, stride, padding, bias=False
         )
+        self.upsample: Callable[[Tensor], Tensor] | None = None  # see `DiffusionUnet.prepared`
 
     def apply_to(
         self, source: Track, frames: int, sweep: Sweep, hop: int, into: Track | None
@@ -161,13 +164,31 @@ class _Decoder(nn.Module):
         normalized = x.normalized(self.norm)
         (kernel,), (stride,) = self.convtr.kernel_size, self.convtr.stride
         halo = -(-kernel // stride)
+        upsample = self.upsample or _upsampling(self.convtr)
 
         def compute(start: int, stop: int) -> Tensor:
             window, begin = normalized.around(start // stride, -(-stop // stride), halo)
-            y: Tensor = self.convtr(window)
-            return y[..., start - begin * stride : stop - begin * stride]
+            return upsample(window)[..., start - begin * stride : stop - begin * stride]
 
         return Track(self.convtr.out_channels, frames, compute), x.track.held is not None
+
+
+def _upsampling(layer: nn.ConvTranspose1d) -> Callable[[Tensor], Tensor]:
+    """A transposed convolution, as a convolution that makes all samples of a frame at once.
+
+    On a CPU that takes 0.4 to 0.8 of the time, for which the weights are put in another order.
+    """
+    kernel, stride, padding = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
+    channels, width = layer.in_channels, layer.out_channels
+    taps = F.pad(layer.weight, (0, -kernel % stride)).view(channels, width, -1, stride)
+    weight = taps.flip(2).permute(1, 3, 0, 2).reshape(width * stride, channels, -1)
+
+    def upsample(x: Tensor) -> Tensor:
+        frames = F.conv1d(x, weight, padding=weight.shape[-1] - 1)
+        y = frames.view(len(x), width, stride, -1).transpose(2, 3).flatten(2)
+        return y[..., padding : (x.shape[-1] - 1) * stride + kernel - padding]
+
+    return upsample
 
 
 class _BiLSTM(nn.Module):
@@ -269,6 +290,18 @@ class DiffusionUnet(nn.Module):
         """Of its weights."""
         return self.embedding.weight.dtype
 
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """Has weights whose order is changed for a step in that order for all steps of a clip."""
+        decoders = [cast("_Decoder", decoder) for decoder in self.decoders]
+        try:
+            for decoder in decoders:
+                decoder.upsample = _upsampling(decoder.convtr)
+            yield
+        finally:
+            for decoder in decoders:
+                decoder.upsample = None
+
     def condition(self, latent: Tensor) -> Tensor:
         """What of a latent (R, codec_dim, F) is the same at every step, (R, C, F)."""
         projected: Tensor = self.conv_codec(latent.to(self.dtype))
@@ -340,6 +373,7 @@ class DiffusionUnet(nn.Module):
         windows = _WINDOWS_AT_ONCE * window * item
         signals = 6 * 4 * rows * samples
         packed = 2 * max(weight.nbytes for weight in self.parameters())  # in the library's order
+        packed += sum(cast("_Decoder", decoder).convtr.weight.nbytes for decoder in self.decoders)
         return int(_MARGIN * (max(work, sum(kept) + bottom) + windows + signals + packed))
 
     @property

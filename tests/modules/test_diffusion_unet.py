@@ -3,10 +3,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from audiocraft.models.multibanddiffusion import load_diffusion_models
 from audiocraft.modules.tracks import Sweep
-from audiocraft.modules.unet_diffusion import DiffusionUnet, UnetConfig
+from audiocraft.modules.unet_diffusion import DiffusionUnet, UnetConfig, _upsampling
 from tests.golden_data import GOLDEN, load
 
 BANDS = load("mbd_tiny/bands")
@@ -106,6 +107,26 @@ def test_windows_of_every_shape_equal_the_whole(changes, samples):
     for name in ("windows", "some kept", "none kept"):
         windows = model(x, 3, condition, SWEEPS[name])
         torch.testing.assert_close(windows, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(8, 4), (6, 4), (4, 4), (3, 1), (10, 4), (5, 3)])
+@torch.no_grad()
+def test_a_transposed_convolution_as_a_convolution(kernel, stride):
+    layer = nn.ConvTranspose1d(5, 3, kernel, stride, (kernel - stride) // 2, bias=False)
+    x = torch.randn(2, 5, 37, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(_upsampling(layer)(x), layer(x), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_network_is_the_same_with_its_weights_prepared():
+    model = network()
+    x, condition = torch.randn(1, 1, 500), model.condition(torch.randn(1, 16, 5))
+    expected = model(x, 3, condition)
+    with model.prepared():
+        assert torch.equal(model(x, 3, condition), expected)
+    for weight in model.parameters():
+        weight.zero_()
+    assert not torch.equal(model(x, 3, condition), expected)  # nothing is left of them
 
 
 @pytest.mark.parametrize("depth", [2, 3])
