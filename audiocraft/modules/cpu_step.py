@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from audiocraft.modules.linear import FEW_ROWS, TINY, Int8Weight, Linear, int8_input
+from audiocraft.modules.linear import FEW_ROWS, LEAST_ROWS, TINY, Int8Weight, Linear, int8_input
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ class Numbers(NamedTuple):
     """What TorchScript cannot read from modules: see `modules/linear.py`."""
 
     heads: int
+    least_rows: int
     few_rows: int
     tiny: float
     scale: float
@@ -83,7 +84,7 @@ def multiply(x: Tensor, product: Product, numbers: Numbers) -> Tensor:
     weight = product.weight
     assert weight is not None
     rows = x.size(0)
-    if weight.dtype != torch.float32 or rows > numbers.few_rows:
+    if weight.dtype != torch.float32 or not numbers.least_rows <= rows <= numbers.few_rows:
         return F.linear(x, weight, bias)
     columns = x.reshape(rows, -1)
     if rows == 1:
@@ -168,7 +169,7 @@ class CpuStep:
         self._layers = [_layer(layer, memory is not None) for layer in transformer.layers]
         self._memory = list(memory or ())
         heads = transformer.config.num_heads
-        self._numbers = Numbers(heads, FEW_ROWS, TINY, *int8_input())
+        self._numbers = Numbers(heads, LEAST_ROWS, FEW_ROWS, TINY, *int8_input())
 
     def __call__(self, x: Tensor, cache: "KVCache") -> Tensor:
         """The residual stream (B, 1, dim), float32, behind the filled part of a cache."""

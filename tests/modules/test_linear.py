@@ -11,6 +11,12 @@ def numbers(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
+@pytest.fixture(params=[1, 4], ids=["any CPU", "Intel"])
+def least_rows(request, monkeypatch):
+    monkeypatch.setattr("audiocraft.modules.linear.LEAST_ROWS", request.param)
+
+
+@pytest.mark.usefixtures("least_rows")
 @pytest.mark.parametrize("shape", [(1,), (1, 1), (2, 1), (3, 4), (2, 16), (5, 7)])
 @pytest.mark.parametrize("bias", [None, numbers(24)])
 @torch.no_grad()
@@ -24,6 +30,7 @@ def test_few_rows(shape, bias):
     assert (ours - exact).abs().max() < 1e-5
 
 
+@pytest.mark.usefixtures("least_rows")
 @torch.no_grad()
 def test_a_row_does_not_depend_on_the_others():
     weight, x = numbers(512, 256), numbers(2, 1, 256)
