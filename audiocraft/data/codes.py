@@ -90,9 +90,7 @@ def load_encoder(version: str) -> Encoder:
     source = resolve_source(version)
     path = find_file(source, LM_FILE)
     checkpoint = read_checkpoint(path)
-    check_config(checkpoint.name, checkpoint.cfg)
-    cfg = checkpoint.cfg
-    assert cfg is not None, "check_config refuses that"
+    cfg = check_config(checkpoint.name, checkpoint.cfg)
     codec = load_compression_model(source)
     codec_key = base_sha256(codec.state_dict())
     with config_in_use(checkpoint.name):
