@@ -95,10 +95,9 @@ def rank_of(pid):
 
 
 def makes_result(pid):
-    """Whether a process is the rank that makes the file of weights."""
+    """Whether a process, one with a rank, makes the file of weights."""
     with contextlib.suppress(OSError):
-        module = b"audiocraft.solvers.result"
-        return rank_of(pid) is not None and module in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"audiocraft.solvers.result" in Path(f"/proc/{pid}/cmdline").read_bytes()
     return False
 
 
@@ -128,7 +127,10 @@ def kill(place, folder, victim, moment):
         assert line, text
         text += line
     below = descendants(caller.pid)
-    while moment == "result" and not any(map(makes_result, below)):
+    # With the ranks as they were listed: a process gets its rank only when it runs its program.
+    while moment == "result" and not any(
+        rank is not None and makes_result(pid) for pid, rank in below.items()
+    ):
         assert caller.poll() is None
         below = descendants(caller.pid)
     while moment == "saving" and not any(folder.glob("runs/*/checkpoints/*.unfinished")):
