@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from audiocraft.errors import InputError
 
@@ -94,7 +95,7 @@ class Pattern:
         mask = (t >= 0) & (t < timesteps)
         first = torch.arange(num_codebooks, device=z.device)[:, None] * timesteps
         indexes = torch.where(mask, first + t, num_codebooks * timesteps)
-        padded = torch.nn.functional.pad(z.flatten(1), (0, 1), value=special_token)
+        padded = F.pad(z.flatten(1), (0, 1), value=special_token)
         return padded[:, indexes], indexes, mask
 
     def _reverse_indexes(
@@ -131,7 +132,7 @@ class Pattern:
         """
         self._check(s.shape[1])
         indexes, mask = self._reverse_indexes(s.shape[2], keep_only_valid_steps, False, s.device)
-        padded = torch.nn.functional.pad(s.flatten(1), (0, 1), value=special_token)
+        padded = F.pad(s.flatten(1), (0, 1), value=special_token)
         return padded[:, indexes], indexes, mask
 
     def revert_pattern_logits(
@@ -152,8 +153,15 @@ class Pattern:
         self._check(logits.shape[2])
         steps = logits.shape[3]
         indexes, mask = self._reverse_indexes(steps, keep_only_valid_steps, True, logits.device)
-        padded = torch.nn.functional.pad(logits.flatten(2), (0, 1), value=special_token)
-        return padded[:, :, indexes], indexes, mask
+        # Slices of each codebook, in the order in which a model's heads write them, whose gradient
+        # is a copy: that of `indexes` would be sorted and added up.
+        outputs = []
+        for k, output in enumerate(logits.permute(0, 2, 3, 1).unbind(dim=1)):
+            delay = self.delays[k]
+            found = output[:, delay : min(delay + self.timesteps, steps - 1)]
+            missing = self.timesteps - found.shape[1]
+            outputs.append(F.pad(found, (0, 0, 0, missing), value=special_token))
+        return torch.stack(outputs, dim=1).permute(0, 3, 1, 2), indexes, mask
 
     def _check(self, num_codebooks: int, timesteps: int = 0) -> tuple[int, int]:
         if num_codebooks != self.n_q or timesteps > self.timesteps:
