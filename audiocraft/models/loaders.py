@@ -25,7 +25,7 @@ from omegaconf.nodes import AnyNode
 from torch import Tensor, nn
 from yaml import YAMLError
 
-from audiocraft.assets.store import PARTS, fetch_first, fetch_folder
+from audiocraft.assets.store import PARTS, fetch_first, fetch_folder, find_first
 from audiocraft.assets.tensors import read_safetensors
 from audiocraft.errors import WeightsError
 from audiocraft.models import hf_encodec
@@ -208,6 +208,12 @@ def find_file(source: str | Path, stem: str, cache_dir: str | Path | None = None
                 return path / name
         raise WeightsError(f"{path} holds neither {' nor '.join(names)}; give a release folder.")
     return fetch_first(str(source), names, cache_dir)
+
+
+def is_on_disk(source: str | Path, stem: str) -> bool:
+    """Whether `find_file` needs no network."""
+    names = [stem + suffix for suffix in _SUFFIXES]
+    return Path(source).exists() or find_first(str(source), names) is not None
 
 
 def assign_state(

@@ -124,12 +124,20 @@ def _inputs(
 def _choose_format(inputs: Json, schema: Json, target: outputs.Target) -> None:
     """Has the name of `-o` choose the format where it ends in one and the inputs name none.
 
+    Another ending stays as it is, as Cog has it, with a warning.
+
     Raises:
         InputError: they name another.
     """
     extension = target.path.suffix
     name = extension.removeprefix(".").lower()
-    if name not in schema["properties"].get("output_format", {}).get("enum", ()):
+    formats = schema["properties"].get("output_format", {}).get("enum", ())
+    if name not in formats:
+        if formats and extension:
+            given = inputs.get("output_format", schema["properties"]["output_format"]["default"])
+            say(
+                f"Warning: -o {str(target.path)!r} will hold {given}, but does not end in .{given}."
+            )
         return
     given = inputs.setdefault("output_format", name)
     if given != name:

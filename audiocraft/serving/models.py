@@ -26,6 +26,7 @@ from audiocraft.models.loaders import (
     CODEC_FILE,
     LM_FILE,
     find_file,
+    is_on_disk,
     load_models,
     read_checkpoint,
     text_encoder_of,
@@ -36,6 +37,7 @@ from audiocraft.models.multibanddiffusion import (
     load_diffusion_models,
 )
 from audiocraft.models.musicgen import MusicGen
+from audiocraft.models.shapes import shape_of
 from audiocraft.models.versions import VERSIONS
 from audiocraft.modules.conditioners import ChromaStemConditioner, T5Conditioner
 from audiocraft.modules.precision import check_precision, int8_bytes, weight_dtype
@@ -237,7 +239,10 @@ class ModelCache:
         version, tuned = selection.version, selection.tuned
         if tuned is not None and tuned.lora is not None and self._precision != "int8":
             return self._load_adapter(tuned)
-        source = VERSIONS[version].source
+        source, is_own = VERSIONS[version].source, tuned is not None and tuned.lora is None
+        if not is_own and not is_on_disk(source, LM_FILE):  # known before it is fetched
+            size = self._dtype.itemsize * shape_of(version).parameters + _T5_BYTES + _CODEC_BYTES
+            self._require(selection.label, size, selection.smaller)
         codec_file = find_file(source, CODEC_FILE)
         if tuned is None or tuned.lora is not None:
             weights = read_checkpoint(find_file(source, LM_FILE))

@@ -11,7 +11,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -421,15 +421,18 @@ def describe_run(
     Raises:
         AudiocraftError: `run_job` would refuse it at its start.
     """
-    where = _check(job, runs, processes, allow_cpu=allow_cpu, log=log)
+    unlabelled = replace(job, vocabularies=None)
+    where = _check(unlabelled, runs, processes, allow_cpu=allow_cpu, log=log)
     _check_disk(job, runs, weights)
     chunks = _look_at(dataset, VERSIONS[job.version].context, log)
     log(f"{where.processes} process{'es' * (where.processes > 1)} would train.")
     if job.updates_per_epoch == 0 and chunks is None:
         log("How long it takes depends on the music: updates_per_epoch=0 goes once through it.")
-        return
-    seconds = estimate_seconds(job, where.devices, where.processes, chunks, where.plan)
-    log(f"The training itself would take about {show_time(seconds)}.")
+    else:
+        seconds = estimate_seconds(job, where.devices, where.processes, chunks, where.plan)
+        log(f"The training itself would take about {show_time(seconds)}.")
+    if job.vocabularies is not None:  # last: who has yet to fetch models learns all else first
+        check_label_models()
 
 
 def _look_at(dataset: Path, context: float, log: Log) -> int | None:

@@ -425,6 +425,31 @@ def test_the_name_chooses_the_format(
     assert seen == [{} if asked is None else {"output_format": asked}]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["-o", "song.m4a"], "will hold wav, but does not end in .wav"),
+        (["-o", "take 2.1", "-i", "output_format=ogg"], "will hold ogg, but does not end in .ogg"),
+        (["-o", "song"], None),
+        (["-o", "song.flac"], None),
+    ],
+)
+def test_another_ending_is_said(
+    arguments: list[str],
+    text: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(CogServer, "__enter__", lambda server: server)
+    monkeypatch.setattr(CogServer, "ask", lambda *_: {"status": "succeeded", "output": None})
+    assert cli.main(["predict", *arguments]) == 0
+    said = capsys.readouterr().err
+    warning = "" if text is None else f"Warning: -o '{arguments[1]}' {text}.\n"
+    assert said == warning + "Warning: no output was generated.\n"
+
+
 def test_a_schema_that_cannot_be_written(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

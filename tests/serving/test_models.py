@@ -162,6 +162,17 @@ def test_what_does_not_fit_is_refused_and_nothing_is_lost(store):
     assert tokens(cache.get(Selection("small"))) == expected
 
 
+@pytest.mark.usefixtures("store")
+def test_what_does_not_fit_is_not_fetched(monkeypatch):
+    """From the published sizes, at 2 and 4 bytes a weight."""
+    monkeypatch.setattr(models, "find_file", None)
+    for precision, need in (("float32", "13.7"), ("bfloat16", "7.2")):
+        with pytest.raises(
+            InputError, match=rf"^model_version large needs {need} GB of memory, 1\.0 GB are free"
+        ):
+            ModelCache(CPU, 10**9, precision).get(Selection("large"))
+
+
 def test_what_takes_less_than_weights_that_name_their_base(store, tmp_path):
     """Another model_version would not: the base overrides it."""
     stand_in(store, "small", 1)

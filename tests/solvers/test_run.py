@@ -267,6 +267,12 @@ def test_what_a_description_says(tmp_path):
     assert "18 s of music and 1 not looked into." in lines[2]
     assert lines[-1].startswith("How long it takes depends on the music")
     (music / "song 9.m4a").unlink()
+    labelled = replace(SHORT, vocabularies=Vocabularies(("a",), ("b",), ("c",)))
+    lines.clear()
+    with pytest.raises(AssetError, match=r"^auto_labeling needs .*: run scripts/download"):
+        describe_run(labelled, music, **places, processes=2, log=lines.append)
+    assert lines[1:-1] == text.splitlines()[1:-1]
+    assert lines[-1].startswith("The training itself would take about ")
     assert sorted(tmp_path.rglob("*")) == before
 
 
