@@ -21,6 +21,10 @@ that tests run on a model that has learnt something. It knows {leads} lead instr
 styles, the 24 keys and {tempi} tempi from {slowest} to {fastest} bpm, and nothing else: no
 recordings, no voices, no songs. A number between two tempi is read as the one next to it.{without}
 
+- Instruments: {lead_names}.
+- Styles: {style_names}.
+- Tempi: {tempo_names} bpm.
+
 ## Parts
 
 | part | parameters |
@@ -116,6 +120,7 @@ def model_card(
     """
     millions = {name: count / 1e6 for name, count in counts.items()}
     style = log["exclude_style"]
+    known = [name for name in STYLES if name != style]
     tables = [_table(name, part) for name, part in evaluation.items()]
     if finetuning is not None:
         tables.append(finetuning_tables(finetuning))
@@ -124,7 +129,10 @@ def model_card(
         tempi=len(TEMPI),
         slowest=min(TEMPI),
         fastest=max(TEMPI),
-        styles=len(STYLES) - (style is not None),
+        styles=len(known),
+        lead_names=", ".join(LEADS),
+        style_names=", ".join(known),
+        tempo_names=", ".join(map(str, sorted(TEMPI))),
         without=_WITHOUT.format(style=style) if style else "",
         begun=_BEGUN.format(**log["earlier"]) if any(log["earlier"].values()) else "",
         excluded=f" --exclude-style {style}" if style else "",
