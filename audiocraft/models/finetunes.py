@@ -138,7 +138,7 @@ def _read_lora(name: str, text: str) -> LoraConfig:
         lora: Any = json.loads(text)
         targets = tuple(str(target) for target in lora["targets"])
         return LoraConfig(int(lora["rank"]), float(lora["alpha"]), targets)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise WeightsError(
             f"{name} does not say what kind of adapter it is; train or export it again."
         ) from error

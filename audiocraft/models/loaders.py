@@ -8,6 +8,7 @@ Golden tests: `tiny_release`, `encodec_tiny_hf`.
 import json
 import pickle
 import re
+import struct
 import typing
 import zipfile
 from collections import defaultdict
@@ -43,6 +44,10 @@ LM_FILE = "state_dict"
 CODEC_FILE = "compression_state_dict"
 # What Python and torch raise at settings of the wrong type or size.
 _BAD_VALUES = (TypeError, ValueError, ArithmeticError, RuntimeError, LookupError, AttributeError)
+# What unpicklers, and readers of YAML, raise besides at bytes that mean nothing to them.
+_BAD_BYTES = (*_BAD_VALUES, pickle.UnpicklingError, struct.error, EOFError, AssertionError)
+# Another setting's value, such as ${dataset.sample_rate}.
+_REFERENCE = r"\$\{[\w.\[\]-]+\}"
 _SUFFIXES = (".safetensors", ".bin")
 _RELEASED_CODEC = r"facebook/encodec_\w+"
 
@@ -103,15 +108,7 @@ def read_package(path: Path, name: str) -> dict[Any, Any]:
             package = torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        LookupError,
-        ValueError,
-        TypeError,
-        AttributeError,
-    ) as error:  # torch's unpickler raises any of these on bytes that are no pickle
+    except _BAD_BYTES as error:
         code = re.search(r"(?i)unsupported (?:global: )?GLOBAL (\S+)", str(error))
         if code:
             raise WeightsError(
@@ -136,7 +133,9 @@ def _read_torch(path: Path, name: str) -> Checkpoint:
     state = package["best_state"] if "best_state" in package else package.get("model")
     if isinstance(state, dict) and "model" in state:
         state = state["model"]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
         raise WeightsError(
             f"{name} holds no state of a model under best_state or model; take an official export "
             "or a fine-tune."
@@ -153,14 +152,16 @@ def read_config(name: str, cfg: Any) -> DictConfig | None:
     if cfg is None:
         return None
     try:
-        config = OmegaConf.create(cfg)
-        text = OmegaConf.to_yaml(config)
-    except (YAMLError, OmegaConfBaseException) as error:
+        written = OmegaConf.to_container(OmegaConf.create(cfg), resolve=False)
+        # Made anew, for what was pickled may refer to settings that it does not show.
+        config = OmegaConf.create(written) if isinstance(written, dict) else None
+    except (YAMLError, OmegaConfBaseException, *_BAD_BYTES) as error:
         raise WeightsError(f"The xp.cfg of {name} cannot be read; fetch it again.") from error
-    if not isinstance(config, DictConfig):
+    if config is None:
         raise WeightsError(f"The xp.cfg of {name} is no configuration; fetch it again.")
-    # Such as ${oc.env:TOKEN}: a foreign file must not read this machine's environment.
-    if re.search(r"\$\{[^}]*:", text):
+    # Such as ${oc.env:TOKEN}: a foreign file must not read this machine's environment. What is
+    # called may have its name from elsewhere, as in ${${name}:TOKEN}.
+    if "${" in re.sub(_REFERENCE, "", repr(written)):
         raise WeightsError(
             f"The xp.cfg of {name} asks for values of this machine, which it never gets; "
             "write the values themselves into it."
@@ -393,7 +394,16 @@ def load_compression_model(
         WeightsError: the file is not a codec.
         AssetError: it cannot be fetched.
     """
-    source = str(file_or_url_or_id)
+    return _load_codec(str(file_or_url_or_id), device, cache_dir)
+
+
+def _load_codec(
+    source: str,
+    device: torch.device | str,
+    cache_dir: str | Path | None,
+    pointers: tuple[Path, ...] = (),
+) -> CompressionModel:
+    """As `load_compression_model`, by way of pointers that were followed already."""
     if source == "debug_compression_model":
         return get_debug_compression_model(device)
     if source.startswith("dac_"):
@@ -405,9 +415,14 @@ def load_compression_model(
     path = find_file(source, CODEC_FILE, cache_dir)
     checkpoint = read_checkpoint(path)
     if checkpoint.pretrained is not None:
+        if path.resolve() in pointers:
+            raise WeightsError(
+                f"{path.name} points to itself instead of to a codec; give an official export of "
+                "an EnCodec."
+            )
         beside = path.parent / checkpoint.pretrained
         target = str(beside) if beside.exists() else checkpoint.pretrained
-        return load_compression_model(target, device, cache_dir)
+        return _load_codec(target, device, cache_dir, (*pointers, path.resolve()))
     if checkpoint.cfg is None or "seanet" not in checkpoint.cfg:
         raise WeightsError(
             f"{path.name} has no xp.cfg of a codec; give an official export of an EnCodec."

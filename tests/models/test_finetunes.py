@@ -180,6 +180,11 @@ KEY = "transformer.layers.0.linear1.weight"
         ),
         ({"metadata": {"lora": "{"}}, "does not say what kind of adapter it is"),
         ({"metadata": {"lora": '{"rank": 4}'}}, "does not say what kind of adapter it is"),
+        (
+            {"metadata": {"lora": '{"rank": 1e999, "alpha": 4, "targets": []}'}},
+            "does not say what kind of adapter it is",
+        ),
+        ({"metadata": {"lora": "[" * 100_000}}, "does not say what kind of adapter it is"),
         ({"metadata": {"format": "musicgen-finetune/2"}}, "is of the format musicgen-finetune/2"),
         ({"drop": [f"{KEY}.lora_b"]}, "is not a whole adapter of rank 4"),
         ({"other": torch.zeros(4, 4)}, "is not a whole adapter of rank 4"),
@@ -234,6 +239,32 @@ def test_a_configuration_that_can_only_do_harm(key, value, base, tmp_path):
     torch.save({**base, "xp.cfg": OmegaConf.to_yaml(cfg)}, tmp_path / "a.bin")
     with pytest.raises(WeightsError, match=f"^a.bin says {key}={value}, it must be above 0"):
         read_finetune(tmp_path / "a.bin")
+
+
+def test_a_configuration_cannot_read_this_machine(base, tmp_path, monkeypatch):
+    """Its values stand in messages."""
+    monkeypatch.setenv("TOKEN", "s3cr3t")
+    cfg = OmegaConf.create(base["xp.cfg"])
+    cfg.x, cfg.dataset.segment_duration = "oc.env", "${${x}:TOKEN}"
+    torch.save({**base, "xp.cfg": OmegaConf.to_yaml(cfg)}, tmp_path / "a.bin")
+    with pytest.raises(WeightsError, match=r"^The xp\.cfg of a\.bin asks for values") as caught:
+        read_finetune(tmp_path / "a.bin")
+    assert "s3cr3t" not in str(caught.value)
+
+
+def test_a_pickled_configuration_is_what_it_shows(base, tmp_path, monkeypatch):
+    """References lead to a section's parent, which here is none of the file's sections."""
+    monkeypatch.setenv("TOKEN", "s3cr3t")
+    cfg = OmegaConf.create(base["xp.cfg"])
+    cfg.conditioners.self_wav.chroma_stem.n_chroma = "${hidden}"
+    for section in (cfg, cfg.conditioners):
+        section._metadata.flags = {"no_deepcopy_set_nodes": True}
+    section = cfg.conditioners._get_node("self_wav")
+    section.__dict__["_parent"] = OmegaConf.create({"hidden": "${oc.env:TOKEN}"})
+    torch.save({**base, "xp.cfg": cfg}, tmp_path / "a.bin")
+    with pytest.raises(WeightsError, match=r"^The xp\.cfg of a\.bin is not one") as caught:
+        read_finetune(tmp_path / "a.bin")
+    assert "s3cr3t" not in str(caught.value)
 
 
 def test_a_fine_tune_cannot_choose_folders_of_this_machine(store, base, tmp_path):
