@@ -15,7 +15,7 @@ from typing import Final, NoReturn, Protocol, TypeVar
 
 from audiocraft.assets import exchange
 from audiocraft.assets.exchange import Answer, CutError, ask, pause
-from audiocraft.assets.parts import Part, open_part, writing
+from audiocraft.assets.parts import SPARE, Part, open_part, writing
 from audiocraft.assets.remote import (
     Received,
     Remote,
@@ -41,8 +41,6 @@ _READ: Final = 2**20
 _MB: Final = 1_000_000
 _WORTH_A_LINE: Final = 10 * _MB
 _REPORT_EVERY_S: Final = 5.0
-SPARE: Final = 64 * 2**20
-"""Bytes of the disk that no download takes."""
 _WATCH: Final = 32 * 2**20  # bytes between two looks at the disk
 
 

@@ -19,7 +19,11 @@ logger = logging.getLogger(__name__)
 UNFINISHED: Final = ".unfinished"
 """What the name of a file ends with that is not whole."""
 
+SPARE: Final = 64 * 2**20
+"""Bytes of a disk that nothing takes."""
+
 _POLL_S: Final = 0.1
+_FULL: Final = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 _NEW: Final = ".new"
 _SAFETENSORS: Final = re.compile(r"\.tmp\w{6}")  # what safetensors writes before it renames
 
@@ -224,6 +228,16 @@ def give_name(whole: Path, path: Path) -> None:
     whole.replace(path)
 
 
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error says that the disk is full, or the one during which it came.
+
+    safetensors and torch have no kind of error for that, and `torch.save` its own last word.
+    """
+    if error is None:
+        return False
+    return any(reason in str(error) for reason in _FULL) or is_full(error.__context__)
+
+
 @contextlib.contextmanager
 def writing(what: str, folder: Path) -> Iterator[None]:
     """Make a folder, and turn errors of its disk into sentences.
@@ -235,7 +249,7 @@ def writing(what: str, folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        if is_full(error):
             raise AssetError(
                 f"{what} does not fit on the disk of {folder}; free some of it."
             ) from error

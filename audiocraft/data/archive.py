@@ -18,10 +18,10 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Final
 
 from audiocraft.assets.download import check_space
-from audiocraft.assets.parts import open_part, read_json, try_lock, write_json
+from audiocraft.assets.parts import is_full, open_part, read_json, try_lock, write_json
 from audiocraft.data import tarball, zipball
 from audiocraft.data.tarball import ArchiveError, Member, Stream, bomb, broken, show_name
-from audiocraft.errors import InputError
+from audiocraft.errors import AssetError, InputError
 from audiocraft.progress import ProgressLog
 
 logger = logging.getLogger(__name__)
@@ -153,6 +153,10 @@ def unpack(source: Path, folder: Path, limits: Limits = LIMITS) -> Unpacked | No
                 if has_changed and part is not None:
                     shutil.rmtree(target)
     except OSError as error:
+        if is_full(error):
+            raise AssetError(
+                f"What is in {source.name} does not fit on the disk of {folder}; free some of it."
+            ) from error
         raise InputError(
             f"{source} cannot be unpacked to {folder} ({error.strerror or error}); check that the "
             "one is readable and the other writable."
@@ -168,15 +172,18 @@ def _kind(file: BinaryIO, name: str) -> str | None:
     file.seek(0)
     if head.startswith(zipball.MAGIC):
         return "zip"
+    if tarball.is_tar(head):  # first, for the name that it begins with may be like a compression
+        return "tar"
     if tarball.compression(head):
-        # As much as is looked at cannot be a bomb.
-        first = Stream(tarball.expand(file, name), name, tarball.BLOCK).peek(tarball.HEADER)
+        # As much as is looked at cannot be a bomb: less than a header, and then a block.
+        most = tarball.HEADER + tarball.BLOCK
+        first = Stream(tarball.expand(file, name), name, most).peek(tarball.HEADER)
         empty = len(first) == tarball.HEADER and not first.strip(b"\0")
         return "tar" if tarball.is_tar(first) or empty else "single"
     for magic, foreign in _FOREIGN:
         if head.startswith(magic):
             raise ArchiveError(name, f"is a {foreign} archive, which is not read", "send a .zip")
-    return "tar" if tarball.is_tar(head) else None
+    return None
 
 
 def _remove_leftovers(folder: Path) -> None:

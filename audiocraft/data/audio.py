@@ -7,9 +7,10 @@ of a file equals the same piece of the whole file, in every format. To read a pi
 the piece alone, and what ffmpeg decodes of a small file that claims to last for ever is bounded.
 
 A file that was cut off yields what is left where its decoder calls that a success, as those of WAV,
-Ogg, MP3 and WebM do; FLAC and m4a are errors then. Damage inside a file is an error, but in Ogg and
-MP3, which are made to go on after it: players do, and ffmpeg takes some tags of an MP3 for damage.
-What ffmpeg had to say about a file that it read is logged as a warning.
+Ogg, MP3 and WebM do; FLAC and m4a are errors then. A WAV or CAF whose recorder died, so that its
+header does not say how long it is, is read to its end. Damage inside a file is an error, but in Ogg
+and MP3, which are made to go on after it: players do, and ffmpeg takes some tags of an MP3 for
+damage. What ffmpeg had to say about a file that it read is logged as a warning.
 """
 
 import errno
@@ -43,6 +44,16 @@ from audiocraft.errors import AudioEndError, AudioFileError, InputError
 logger = logging.getLogger(__name__)
 
 FORMATS: Final = ("wav", "mp3", "flac", "ogg")
+LOUDEST: Final = 1e3
+"""Peak, +60 dB of full scale; beyond are integers written as floating point, or damage."""
+DEMUXERS: Final = (
+    "aac,ac3,aiff,amr,ape,asf,au,avi,caf,dsf,dts,eac3,flac,flv,loas,matroska,mov,mp3,mpc,mpc8,mpeg,"
+    "mpegts,ogg,tak,tta,voc,w64,wav,wv"
+)
+"""Containers that hold their own sound, by ffmpeg's names.
+
+It would also follow playlists (hls, concat, dash, sdp), which name other files of this machine.
+"""
 
 # Samples of all channels that are read at a time; a header's promise of more is not allocated
 # before it is read.
@@ -54,13 +65,9 @@ _MOST_DECODED: Final = 24 * 3600 * 48000 * 2
 _LATEST: Final = 1e9  # seconds, 32 years
 _AU_HEADER: Final = struct.Struct(">4s5I")  # magic, offset, size, encoding, sample rate, channels
 _UNKNOWN_LENGTH: Final = (1 << 63) - 1  # libsndfile's SF_COUNT_MAX: a FLAC that was streamed
+_EDGE: Final = 1 << 16  # bytes of a file's beginning or end; no page of Ogg has as many
+_OPEN_CAF: Final = b"data" + 8 * b"\xff"  # a chunk up to the end of the file
 
-# Containers that hold their own sound. ffmpeg would also follow playlists (hls, concat, dash, sdp),
-# which name other files of this machine.
-_DEMUXERS: Final = (
-    "aac,ac3,aiff,amr,ape,asf,au,avi,caf,dsf,dts,eac3,flac,flv,loas,matroska,mov,mp3,mpc,mpc8,mpeg,"
-    "mpegts,ogg,tak,tta,voc,w64,wav,wv"
-)
 # The suffix says nothing this way, and a name with a colon, a percent sign or a leading dash is
 # safe. ffmpeg opens it as an ordinary file, so it can seek (a pipe can't be searched for the index
 # that many m4a files have at their end).
@@ -95,6 +102,7 @@ class _Header:
     frames: int
     is_ogg: bool
     is_mpeg: bool
+    is_chained: bool
 
     @property
     def is_exact(self) -> bool:
@@ -102,10 +110,12 @@ class _Header:
 
         Not so an MP3: without a Xing header the length is an estimate, and libsndfile stops there
         (1.4 of 6.4 s of a measured one). Nor Ogg with more than two channels, which come in
-        Vorbis's own order, nor a FLAC of unknown length, in which libsndfile can't seek.
+        Vorbis's own order, or chained Ogg, of which it reads the first link; nor a FLAC of unknown
+        length, in which libsndfile can't seek, nor a file that says that it has no samples.
         """
         reordered = self.is_ogg and self.channels > _STEREO
-        return not (self.is_mpeg or reordered or self.frames == _UNKNOWN_LENGTH)
+        unknown = self.frames in {0, _UNKNOWN_LENGTH}
+        return not (self.is_mpeg or reordered or self.is_chained or unknown)
 
 
 def audio_info(filepath: str | Path) -> AudioFileInfo:
@@ -123,14 +133,12 @@ def audio_info(filepath: str | Path) -> AudioFileInfo:
     path = _existing_file(filepath)
     header = _soundfile_header(path)
     if header is not None and header.is_exact:
-        if not header.frames:
-            raise _no_samples(path)
         return AudioFileInfo(
             header.sample_rate, header.frames / header.sample_rate, header.channels
         )
     # Counted and not kept: an hour of compressed sound is gigabytes of samples.
     sample_rate, channels, frames = 0, 0, 0
-    for rate, block in _decoded(path, skip_damage=header is not None and header.is_mpeg):
+    for rate, block in _decoded(path, skip_damage=_skips_damage(path, header)):
         sample_rate, channels = rate, block.shape[1]
         frames += len(block)
     if not frames:
@@ -174,7 +182,7 @@ def audio_read(
         samples = _read_soundfile(path, header, seek_time, duration)
     else:
         samples, sample_rate = _decode(
-            path, seek_time, duration, skip_damage=header is not None and header.is_mpeg
+            path, seek_time, duration, skip_damage=_skips_damage(path, header)
         )
     wav = _as_tensor(path, samples)
     if pad and duration > 0:
@@ -198,13 +206,11 @@ def audio_blocks(filepath: str | Path) -> Generator[tuple[Tensor, int]]:
     path = _existing_file(filepath)
     header = _soundfile_header(path)
     if header is not None and header.is_exact:
-        if not header.frames:
-            raise _no_samples(path)
         for block in _soundfile_blocks(path, header, 0, header.frames):
             yield _as_tensor(path, block), header.sample_rate
         return
     empty = True
-    decoded = _decoded(path, skip_damage=header is not None and header.is_mpeg)
+    decoded = _decoded(path, skip_damage=_skips_damage(path, header))
     with closing(decoded) as blocks:
         for sample_rate, samples in blocks:
             empty = empty and not len(samples)
@@ -337,17 +343,39 @@ def _soundfile_header(path: Path) -> _Header | None:
     try:
         # By descriptor, for soundfile takes a name's suffix into account.
         with path.open("rb") as file, soundfile.SoundFile(file.fileno(), closefd=False) as sound:
+            is_ogg = sound.format == "OGG"
             return _Header(
                 sample_rate=sound.samplerate,
                 channels=sound.channels,
                 frames=sound.frames,
-                is_ogg=sound.format == "OGG",
+                is_ogg=is_ogg,
                 is_mpeg=sound.subtype.startswith("MPEG"),
+                is_chained=is_ogg and _is_chained(file),
             )
     except OSError as error:
         raise _not_opened(path, error) from error
     except soundfile.LibsndfileError:
         return None
+
+
+def _is_chained(file: BinaryIO) -> bool:
+    """Whether an Ogg ends in another logical stream than it begins with (RFC 3533)."""
+    serial = slice(14, 18)  # of a page's header
+    file.seek(0)
+    first = file.read(serial.stop)[serial]
+    file.seek(max(0, file.seek(0, os.SEEK_END) - _EDGE))
+    tail = file.read()
+    last = tail.rfind(b"OggS", 0, max(0, len(tail) - serial.start))
+    return last >= 0 and tail[last:][serial] != first
+
+
+def _skips_damage(path: Path, header: _Header | None) -> bool:
+    """Whether to go on after damage; ffmpeg takes the end of an unfinished recording for it."""
+    if header is not None:
+        return header.is_mpeg or not header.frames
+    with path.open("rb") as file:
+        head = file.read(_EDGE)
+    return head.startswith(b"caff") and _OPEN_CAF in head
 
 
 def _read_soundfile(
@@ -423,7 +451,7 @@ def _decoded(
         AudioFileError: behind the last block, where ffmpeg could not read the file; or there is no
             end to it.
     """
-    command = [_ffmpeg(path), "-v", "error", "-nostdin", "-format_whitelist", _DEMUXERS]
+    command = [_ffmpeg(path), "-v", "error", "-nostdin", "-format_whitelist", DEMUXERS]
     command += [] if skip_damage else ["-xerror"]
     # Samples are counted (N): a video's sound may begin later than its picture, or have gaps.
     command += ["-i", _FFMPEG_INPUT, "-map", "0:a:0", "-af", "asetpts=N/SR/TB"]

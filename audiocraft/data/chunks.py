@@ -28,7 +28,7 @@ from torch import Tensor
 from audiocraft.assets.exchange import start_thread
 from audiocraft.assets.parts import read_json, write_json
 from audiocraft.data.archive import LeftOut
-from audiocraft.data.audio import audio_blocks
+from audiocraft.data.audio import DEMUXERS, LOUDEST, audio_blocks
 from audiocraft.data.files import AudioFile
 from audiocraft.errors import AudioFileError
 from audiocraft.progress import ProgressLog
@@ -45,11 +45,11 @@ SILENCE: Final = 1e-4
 """Peak, -80 dB of full scale, that 16-bit dither stays below."""
 
 _POLL_S: Final = 0.1
-# Containers that people keep music in. This keeps ffprobe from taking a file for a playlist, which
-# would name other files.
-_CONTAINERS: Final = (
-    "aac,aiff,ape,asf,avi,caf,flac,flv,matroska,mov,mp3,mpc,mpc8,ogg,tta,w64,wav,wv"
-)
+_LEAST_RATE: Final = 8000  # bytes of a second of compressed music, 64 kbit/s
+_MARGIN: Final = 1.1  # containers round and estimate the durations that they state
+_LONGEST_S: Final = 86400  # a day, beyond which a stated duration is taken for damage
+_MOST_FRAMES: Final = 10_000  # in a byte of a lossless file; of silence it has some 4000
+_LOWEST_RATE: Final = 1000  # Hz; what damage makes of it, such as 1, would be gigabytes at 44100
 
 
 @dataclass(frozen=True)
@@ -196,8 +196,13 @@ def cut(
 def _cut_file(file: AudioFile, decoded: _Decoded, context: float, shortest: float) -> Clip | str:
     """A file's chunks, or why it has none."""
     rate, frames = decoded.sample_rate, decoded.frames
+    if rate < _LOWEST_RATE:
+        return f"has a sample rate below {_LOWEST_RATE} Hz ({rate} Hz); export it again"
     if frames < shortest * rate:
         return f"is shorter than {shortest:g} s ({frames / rate:.2f} s)"
+    peak = max(decoded.peaks)
+    if peak > LOUDEST:
+        return f"peaks above {LOUDEST:g} times full scale ({peak:.4g}); export it again"
     chunks, silent = [], 0
     step = round(context * rate)
     for start, peak in zip(range(0, frames, step), decoded.peaks, strict=True):
@@ -217,9 +222,12 @@ def _decode(file: AudioFile, context: float) -> _Decoded | str:
     """What a file holds, or why it is of no use."""
     rate, channels, meter = 0, 0, PeakMeter(0)
     try:
-        for block, rate in audio_blocks(file.path):
-            channels, meter.step = len(block), round(context * rate)
-            meter.add(block)
+        with closing(audio_blocks(file.path)) as blocks:
+            for block, rate in blocks:
+                channels, meter.step = len(block), round(context * rate)
+                meter.add(block)
+                if rate < _LOWEST_RATE:  # it is left out
+                    break
     except AudioFileError as error:
         # The file bears a name of its own here, the report gives the user's.
         return str(error).removeprefix(file.path.name).strip(" .")
@@ -309,6 +317,26 @@ def stated_duration(path: Path) -> float | None:
     return seconds if 0 < seconds < math.inf else None
 
 
+def longest_duration(path: Path) -> float:
+    """Seconds that a file of music may last, from its header and its size."""
+    import soundfile
+
+    size = path.stat().st_size
+    try:
+        # By descriptor, for soundfile takes a name's suffix into account.
+        with path.open("rb") as file, soundfile.SoundFile(file.fileno(), closefd=False) as sound:
+            is_stated = not sound.subtype.startswith("MPEG")  # whose length is an estimate
+            # A FLAC that was streamed states none, and a recording that was never finished 0.
+            if is_stated and 0 < sound.frames <= size * _MOST_FRAMES:
+                return float(sound.frames / sound.samplerate)
+    except soundfile.LibsndfileError:
+        pass
+    stated = stated_duration(path)
+    if stated is None or stated > _LONGEST_S:
+        return size / _LEAST_RATE
+    return _MARGIN * stated
+
+
 def _probe(path: Path, entries: str) -> dict[str, Any] | None:
     """What ffprobe says of a file and its first stream of sound.
 
@@ -322,7 +350,7 @@ def _probe(path: Path, entries: str) -> dict[str, Any] | None:
     ffprobe = shutil.which("ffprobe")
     if ffprobe is None:
         return None
-    command = [ffprobe, "-v", "error", "-format_whitelist", _CONTAINERS, "-select_streams", "a:0"]
+    command = [ffprobe, "-v", "error", "-format_whitelist", DEMUXERS, "-select_streams", "a:0"]
     command += ["-show_entries", entries, "-of", "json", "file:/dev/stdin"]
     with path.open("rb") as file:
         done = subprocess.run(  # noqa: S603 - no shell, and nothing of a user's in the command

@@ -16,7 +16,7 @@ from audiocraft.assets.parts import UNFINISHED, give_name
 from audiocraft.assets.tensors import read_safetensors
 from audiocraft.data.audio_utils import convert_audio
 from audiocraft.models.builders import get_conditioner_provider, get_wrapped_compression_model
-from audiocraft.models.encodec import CompressionModel
+from audiocraft.models.encodec import CompressionModel, exact
 from audiocraft.models.finetunes import base_sha256
 from audiocraft.models.loaders import (
     LM_FILE,
@@ -131,7 +131,8 @@ def encode_chunk(
             if not given.
     """
     device = next(codec.parameters()).device
-    audio = convert_audio(wav.to(device), sample_rate, codec.sample_rate, codec.channels)
+    with exact():
+        audio = convert_audio(wav.to(device), sample_rate, codec.sample_rate, codec.channels)
     length = round(context * codec.sample_rate)
     audio = audio[..., :length]
     codes, _ = codec.encode(F.pad(audio, (0, length - audio.shape[-1]))[None])

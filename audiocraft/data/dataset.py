@@ -7,13 +7,12 @@ a song that is added is the only one that is worked on, and other stems leave wh
 place. Models are loaded once, and only if there is work for them.
 """
 
-import errno
 import hashlib
 import logging
-import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 from pathlib import Path
@@ -22,9 +21,9 @@ from typing import Any, Final
 from safetensors import SafetensorError
 from torch import Tensor
 
-from audiocraft.assets.parts import is_leftover, read_json, try_lock, wait_lock, write_json
+from audiocraft.assets.parts import is_full, is_leftover, read_json, try_lock, wait_lock, write_json
 from audiocraft.data.archive import LeftOut
-from audiocraft.data.chunks import Chunk, Clip, Cut, cut, each, read_chunks, stated_duration
+from audiocraft.data.chunks import Chunk, Clip, Cut, cut, each, longest_duration, read_chunks
 from audiocraft.data.codes import Encoder, encode_chunk, load_encoder, save_encoded
 from audiocraft.data.descriptions import ClipMetadata, describe, with_labels
 from audiocraft.data.files import AudioFile, Found, group_songs
@@ -50,27 +49,24 @@ from audiocraft.data.separate import (
     separate,
 )
 from audiocraft.errors import AssetError
+from audiocraft.models.versions import VERSIONS
 from audiocraft.modules.stems import htdemucs_key, load_htdemucs
 from audiocraft.progress import ProgressLog
 
 logger = logging.getLogger(__name__)
 
-_DECODED, _STEMS, _SONGS, _LABELS, _CODES = _FOLDERS = (
-    *("decoded", "stems", "songs", "labels", "codes"),
+_DECODED, _STEMS, _SONGS, _LABELS, _CODES, _DONE = _FOLDERS = (
+    *("decoded", "stems", "songs", "labels", "codes", "done"),
 )
 _DRUMS: Final = ("drums",)
 _STEMS_BYTES: Final = 44100 * 2 * 4  # a second of what is kept,
 _MELODY_BYTES: Final = 32000 * 4  # of the melody,
 _CODES_BYTES: Final = 8 * 50 * 2 + 8 * 12 * 4  # of codes and chroma: 8 frames of 12 floats
 _FILE_BYTES: Final = 100_000  # of a file: notes, labels, the codes that fill up its last chunk
-_LEAST_RATE: Final = 8000  # bytes of a second of compressed music, 64 kbit/s
-_MARGIN: Final = 1.1  # containers round and estimate the durations that they state
-_LONGEST_S: Final = 86400  # a day, beyond which a stated duration is taken for damage
-_MOST_FRAMES: Final = 10_000  # in a byte of a lossless file; of silence it has some 4000
 _PARTS: Final = 1000  # of a file, for the progress
 _SONG_WORKERS: Final = 2  # songs whose key and tempo are told at a time
 _LENGTH_WORKERS: Final = 4  # files that are asked for their length at a time
-_FULL: Final = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+_HASH: Final = 64  # digits of a SHA-256
 
 
 @dataclass(frozen=True)
@@ -119,11 +115,13 @@ class Prepared:
         examples: chunks in the order of their files.
         report: the fate of every file.
         seconds: that each stage took just now, by the clock on the wall.
+        hashes: of all files, those that are left out as well.
     """
 
     examples: tuple[Example, ...]
     report: DatasetReport
     seconds: dict[str, float]
+    hashes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -195,8 +193,9 @@ class _Shelf:
         return tuple(c for c in clip.chunks if not self.codes_of(clip.file, c).is_file())
 
     def is_unlabelled(self, clip: Clip) -> bool:
-        """Whether labels of its chunks are asked for and not there."""
-        return self.labels is not None and not self.labels_of(clip.file).is_file()
+        """Whether labels of its chunks are asked for and not there; a clip of none has none."""
+        wanted = self.labels is not None and bool(clip.chunks)
+        return wanted and not self.labels_of(clip.file).is_file()
 
 
 def prepare(
@@ -242,6 +241,10 @@ def prepare(
         with _timed("encode", seconds):
             _encode(shelf, _unique(clips.clips), encoder, device)
         metadata = [_describe(shelf, clip, settings) for clip in clips.clips]
+        hashes = tuple(sorted({file.sha256 for file in found.files}))
+        for made in (settings, replace(settings, vocabularies=None)):
+            done = _done(folder, version, made)
+            write_json(done, {"files": sorted({*hashes, *read_json(done).get("files", ())})})
     songs = group_songs([clip.file for clip in clips.clips])
     examples = tuple(
         Example(
@@ -256,7 +259,7 @@ def prepare(
         for clip, words in zip(clips.clips, metadata, strict=True)
         for chunk, known in zip(clip.chunks, words, strict=True)
     )
-    return Prepared(examples, make_report(source, found, clips, metadata), seconds)
+    return Prepared(examples, make_report(source, found, clips, metadata), seconds, hashes)
 
 
 def _check(source: str, found: Found, clips: Cut) -> None:
@@ -285,12 +288,9 @@ def _separate(shelf: _Shelf, clips: Sequence[Clip], device: str) -> None:
 def _missing_stems(shelf: _Shelf, clip: Clip) -> list[StemFile]:
     """Stems of a file that have to be made."""
     music, melody, choice = shelf.music(clip.file), shelf.melody(clip.file), shelf.choice
-    files, unknown = [], False
-    if choice.kept:
-        peaks = read_peaks(music)
-        unknown = peaks is None
-        if peaks is not None:
-            clip = _audible(clip, peaks)
+    files = []
+    unknown = choice.kept is not None and read_peaks(music) is None
+    clip = _audible(shelf, clip)
     unencoded = unknown or bool(shelf.unencoded(clip))
     if choice.kept and (unencoded or shelf.is_unlabelled(clip)) and not music.is_file():
         files.append(StemFile(music, choice.kept))
@@ -299,8 +299,11 @@ def _missing_stems(shelf: _Shelf, clip: Clip) -> list[StemFile]:
     return files
 
 
-def _audible(clip: Clip, peaks: Sequence[float]) -> Clip:
-    """A clip without the chunks in which nothing is left of the stems that are kept."""
+def _audible(shelf: _Shelf, clip: Clip) -> Clip:
+    """A clip without the chunks in which, as far as is known, nothing of the kept stems is left."""
+    peaks = read_peaks(shelf.music(clip.file)) if shelf.choice.kept else None
+    if peaks is None:
+        return clip
     left = tuple(chunk for chunk in clip.chunks if not is_faint(chunk, peaks))
     return replace(clip, chunks=left, silent=clip.silent + len(clip.chunks) - len(left))
 
@@ -311,7 +314,7 @@ def _leave_out_faint(shelf: _Shelf, clips: Cut) -> Cut:
         return clips
     used, left_out = [], list(clips.left_out)
     for clip in clips.clips:
-        audible = _audible(clip, read_peaks(shelf.music(clip.file)) or ())
+        audible = _audible(shelf, clip)
         if audible.chunks:
             used.append(audible)
         else:
@@ -323,7 +326,8 @@ def _leave_out_faint(shelf: _Shelf, clips: Cut) -> Cut:
 
 def _load_label_models(shelf: _Shelf, clips: Cut, settings: DatasetSettings) -> LabelModels | None:
     """The models, if they are needed."""
-    if settings.vocabularies is None or not any(map(shelf.is_unlabelled, clips.clips)):
+    audible = (_audible(shelf, clip) for clip in clips.clips)
+    if settings.vocabularies is None or not any(map(shelf.is_unlabelled, audible)):
         return None
     return load_label_models(settings.vocabularies)
 
@@ -430,7 +434,7 @@ def _disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if not any(reason in str(error) for reason in _FULL):
+        if not is_full(error):
             raise
         raise AssetError(
             f"The disk of {folder} is full before the music is prepared: free some of it and start "
@@ -442,46 +446,53 @@ def _digest(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def disk_need(found: Found, settings: DatasetSettings, melody: bool = True) -> int:
+def _done(folder: Path, version: str, settings: DatasetSettings) -> Path:
+    """Where the hashes stand of files of which all is made; their stems may be gone since."""
+    alike = replace(VERSIONS[version], name="", source="")  # of all sizes codes are the same
+    kept = choose_stems(settings.stems).kept
+    return folder / _DONE / f"{_digest(alike, kept, settings.vocabularies)}.json"
+
+
+def disk_need(found: Found, folder: Path, version: str, settings: DatasetSettings) -> int:
     """Bytes that `prepare` may write at most, from headers and sizes; nothing is decoded.
 
-    What was written by an earlier job counts as well. Files that state less than they hold take
-    more, up to the disk's end, where `prepare` stops.
+    What is there already does not count: neither a file that was prepared before, nor what an
+    earlier start has made of one. Files that state less than they hold take more, up to the disk's
+    end, where `prepare` stops.
 
     Args:
         found: from `files.find`.
+        folder: see `prepare`; it need not be there.
+        version: see `prepare`.
         settings: see `DatasetSettings`.
-        melody: whether the version follows melodies.
     """
+    melody = VERSIONS[version].melody
     per_second = _CODES_BYTES + (_STEMS_BYTES if settings.stems else 0)
     per_second += _MELODY_BYTES if melody else 0
-    files = list({file.sha256: file.path for file in found.files}.values())
+    prepared = {*read_json(_done(folder, version, settings)).get("files", ())}
+    files = {file.sha256: file.path for file in found.files if file.sha256 not in prepared}
+    there = _there(folder, settings, melody=melody)
     progress = ProgressLog(logger, "files", "adding up the music", quiet_s=5)
     need = 0
-    for done, (_, seconds) in enumerate(each(_longest, files, _LENGTH_WORKERS), 1):
-        need += _FILE_BYTES + round(per_second * seconds)
+    lengths = each(lambda sha256: longest_duration(files[sha256]), list(files), _LENGTH_WORKERS)
+    for done, (sha256, seconds) in enumerate(lengths, 1):
+        need += max(0, _FILE_BYTES + round(per_second * seconds) - there[sha256])
         progress.update(done, len(files))
     return need
 
 
-def _longest(path: Path) -> float:
-    """Seconds that a file may last."""
-    import soundfile
-
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            info = soundfile.info(file)
-    except soundfile.LibsndfileError:
-        pass
-    else:
-        # The length of an MP3 is an estimate, and a FLAC that was streamed states none.
-        if not info.subtype.startswith("MPEG") and info.frames <= size * _MOST_FRAMES:
-            return float(info.frames / info.samplerate)
-    stated = stated_duration(path)
-    if stated is None or stated > _LONGEST_S:
-        return size / _LEAST_RATE
-    return _MARGIN * stated
+def _there(folder: Path, settings: DatasetSettings, *, melody: bool) -> Counter[str]:
+    """Bytes of what was made of files, by their hashes; stems of other choices do not count."""
+    kept = "+".join(choose_stems(settings.stems).kept or ())
+    sizes: Counter[str] = Counter()
+    for path in folder.glob("*/*"):
+        # As in `_Shelf`: the hash of the file, that of the separator, the stems, a melody's rate.
+        stems = path.name.split("-", 2)[-1]
+        is_wanted = melody if "-" in stems else stems.startswith(f"{kept}.")
+        if is_wanted or path.parent.name != _STEMS:
+            with suppress(FileNotFoundError):  # another job removes its own
+                sizes[path.name[:_HASH]] += path.stat().st_size
+    return sizes
 
 
 def remove_intermediates(folder: Path, prepared: Prepared) -> None:
@@ -498,7 +509,7 @@ def remove_intermediates(folder: Path, prepared: Prepared) -> None:
         logger.info("Another job prepares its music in %s: the stems there stay.", folder)
         return
     with lock:
-        for sha256 in {file.sha256 for file in prepared.report.used}:
+        for sha256 in {*prepared.hashes, *(file.sha256 for file in prepared.report.used)}:
             for path in (folder / _STEMS).glob(f"{sha256}-*.w64"):
                 path.unlink()
 
@@ -538,6 +549,7 @@ def load_prepared(path: Path) -> Prepared:
             *(tuple(LeftOut(**entry) for entry in report[name]) for name in ("left_out", "others")),
         ),
         value["seconds"],
+        tuple(value.get("hashes", ())),
     )
 
 

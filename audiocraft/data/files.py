@@ -107,17 +107,14 @@ def _sort_out(
 ) -> Found:
     """Join music and texts; what is not a text is music, whose names are in the key if `named`."""
     files = sorted(files, key=lambda file: file.name)
-    sides = {
-        (_stem(file.name), suffix): file
-        for file in files
-        if (suffix := split_name(file.name)[1]) in SIDE
-    }
+    texts = [file for file in files if split_name(file.name)[1] in SIDE]
+    sides = {_place(file.name): file for file in texts}
     music = [file for file in files if split_name(file.name)[1] not in SIDE]
     digest = hashlib.sha256()
     found, used = [], set()
     for file in music:
         text, metadata = (_beside(sides, file.name, suffix) for suffix in (".txt", ".json"))
-        used |= {side.name for side in (text, metadata) if side}
+        used |= {side.path for side in (text, metadata) if side}
         found.append(
             AudioFile(
                 file.name,
@@ -130,9 +127,14 @@ def _sort_out(
         hashes = [file.sha256, *(side.sha256 if side else "" for side in (text, metadata))]
         digest.update("\0".join((file.name if named else "", *hashes, "")).encode())
     unused = [
-        LeftOut(file.name, "no music beside it has its name")
-        for file in sides.values()
-        if file.name not in used
+        LeftOut(
+            file.name,
+            "no music beside it has its name"
+            if sides[_place(file.name)] is file
+            else "another beside it has its name",
+        )
+        for file in texts
+        if file.path not in used
     ]
     ordered = sorted((*left_out, *unused), key=lambda entry: (entry.name, entry.reason))
     return Found(tuple(found), tuple(ordered), digest.hexdigest())
@@ -142,6 +144,11 @@ def _stem(name: str) -> str:
     """Folder and stem, in one of the forms that Unicode knows for the same letters."""
     folder = name.rpartition("/")[0]
     return unicodedata.normalize("NFC", f"{folder}/{split_name(name)[0]}")
+
+
+def _place(name: str) -> tuple[str, str]:
+    """What a text is found by: its stem and its suffix."""
+    return _stem(name), split_name(name)[1]
 
 
 def _beside(sides: dict[tuple[str, str], SourceFile], name: str, suffix: str) -> SourceFile | None:

@@ -24,7 +24,7 @@ from audiocraft.assets.parts import UNFINISHED, give_name, read_json, write_json
 from audiocraft.data.audio import audio_blocks
 from audiocraft.data.audio_utils import convert_audio_channels
 from audiocraft.data.chunks import Chunk, PeakMeter
-from audiocraft.errors import AssetError, InputError
+from audiocraft.errors import AssetError, AudioFileError, InputError
 from audiocraft.modules.stems import StemPart, StemSeparator
 from audiocraft.progress import ProgressLog
 
@@ -120,6 +120,7 @@ def separate(tracks: Sequence[Track], separator: StemSeparator) -> None:
 
     Raises:
         AssetError: the disk is full.
+        AudioFileError: the separator makes no numbers of a file.
     """
     blocks = (_blocks_at(track.path, separator.sample_rate) for track in tracks)
     progress = ProgressLog(logger, "files", "separating stems", _PARTS)
@@ -127,7 +128,8 @@ def separate(tracks: Sequence[Track], separator: StemSeparator) -> None:
     for index, track in enumerate(tracks):
         done = 0
         with ExitStack() as stack:
-            files = [stack.enter_context(_Writer(file, separator)) for file in track.files]
+            name = track.path.name
+            files = [stack.enter_context(_Writer(file, name, separator)) for file in track.files]
             for part in parts:
                 for file in files:
                     file.write(part)
@@ -168,11 +170,12 @@ def _blocks_at(path: Path, rate: int) -> Iterator[Tensor]:
 class _Writer:
     """A file of stems that is being written."""
 
-    def __init__(self, file: StemFile, separator: StemSeparator) -> None:
+    def __init__(self, file: StemFile, name: str, separator: StemSeparator) -> None:
         import soundfile
         import soxr
 
         self._file = file
+        self._name = name  # of the track
         self._index = [separator.sources.index(stem) for stem in file.stems]
         self._meter = PeakMeter(separator.sample_rate)
         self._stream: soxr.ResampleStream | None = None
@@ -189,6 +192,11 @@ class _Writer:
         import soundfile
 
         wav = part.stems[self._index].sum(dim=0).cpu()
+        if not bool(wav.isfinite().all()):
+            raise AudioFileError(
+                f"The stems of {self._name} are not numbers (NaN or infinite); export it again, or "
+                "leave it out."
+            )
         if self._stream is None:
             self._meter.add(wav)
             samples = wav.T.numpy()

@@ -180,8 +180,9 @@ def expand(file: BinaryIO, archive: str) -> Iterator[bytes]:
     Raises:
         ArchiveError: the compression is damaged or ends early.
     """
-    kind = compression(file.read(6))
+    head = file.read(HEADER)
     file.seek(0)
+    kind = None if is_tar(head) else compression(head)
     if kind is None:
         yield from iter(lambda: file.read(BLOCK), b"")
         return
@@ -291,7 +292,7 @@ def _too_many(archive: str, what: str) -> ArchiveError:
 
 
 def _checked_size(size: int) -> int:
-    if size > _LONGEST_EXTENSION:
+    if not 0 <= size <= _LONGEST_EXTENSION:
         raise ValueError(f"an extension of {size} bytes")
     return size
 

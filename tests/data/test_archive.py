@@ -89,6 +89,18 @@ def test_a_file_compressed_in_parts_is_whole(place):
     assert unpacked(place, source) == {"song.wav": SONG}
 
 
+def test_a_first_part_may_be_short(place):
+    content = SONG[:100] + bytes(10**6)
+    source = place / "song.wav.gz"
+    source.write_bytes(gzip.compress(content[:100]) + gzip.compress(content[100:]))
+    assert unpacked(place, source) == {"song.wav": content}
+
+
+def test_a_tar_whose_first_name_begins_like_bzip2_is_a_tar(place):
+    source = make_tar(place / "songs.tar", [tar_entry("BZh.wav", content=SONG)])
+    assert unpacked(place, source) == {"BZh.wav": SONG}
+
+
 @pytest.mark.parametrize("content", [SONG, b"RIFF\x10\0\0\0WAVEfmt ", b"", b"hello" * 500])
 def test_what_is_no_archive_is_used_in_place(place, content):
     source = place / "song.zip"
@@ -296,15 +308,28 @@ def test_a_disk_that_is_too_small_is_named_before_and_while_it_is_written(place,
     assert list((place / "work").iterdir()) == []
 
 
-def test_a_full_disk_is_named(place, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_named(place, monkeypatch, number):
     def full(*_arguments, **_keywords):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(archive, "write_json", full)
     source = make_zip(place / "songs.zip", SONGS.items())
-    message = sentence(unpack, source, place / "work")
-    assert "No space left on device" in message
+    with pytest.raises(AssetError) as caught:
+        unpack(source, place / "work")
+    assert str(caught.value) == (
+        f"What is in songs.zip does not fit on the disk of {place / 'work'}; free some of it."
+    )
     assert list((place / "work").iterdir()) == []
+
+
+def test_another_error_of_the_disk_is_named(place, monkeypatch):
+    def broken(*_arguments, **_keywords):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(archive, "write_json", broken)
+    message = sentence(unpack, make_zip(place / "songs.zip", SONGS.items()), place / "work")
+    assert os.strerror(errno.EIO) in message
 
 
 def test_a_missing_file_is_named(place):

@@ -3,6 +3,7 @@ import logging
 import math
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import threading
@@ -226,6 +227,46 @@ def test_flac_without_a_length_is_read_whole(folder, tmp_path):
     path = tmp_path / "x.flac"
     path.write_bytes(subprocess.run(arguments, capture_output=True, check=True).stdout)
     assert torch.equal(audio_read(path)[0], audio_read(folder / "16bit.wav")[0])
+    assert audio_info(path) == AudioFileInfo(RATE, SECONDS, 2)
+
+
+def test_a_chain_of_ogg_is_read_whole(folder, tmp_path):
+    """Two songs one after another in one file, as recordings of a broadcast are."""
+    source = write_source(tmp_path / "source.wav", tones(frequencies=(880.0, 330.0)))
+    second = convert(source, tmp_path / "second.ogg", "-c:a", "libvorbis")
+    parts = [folder / "vorbis.ogg", second]
+    path = tmp_path / "x.ogg"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    wav, _ = audio_read(path)
+    assert wav.shape[1] == pytest.approx(2 * SECONDS * RATE, abs=1000)
+    (first, _), (last, _) = map(audio_read, parts)
+    middle = slice(1000, -1000)
+    for ours, expected in ((wav[:, : first.shape[1]], first), (wav[:, -last.shape[1] :], last)):
+        torch.testing.assert_close(ours[:, middle], expected[:, middle], rtol=0, atol=1e-5)
+    assert audio_info(path) == AudioFileInfo(RATE, wav.shape[1] / RATE, 2)
+    assert torch.equal(torch.cat([block for block, _ in audio_blocks(path)], dim=1), wav)
+    piece, _ = audio_read(path, SECONDS + 0.5, 1)
+    assert torch.equal(piece, wav[:, round((SECONDS + 0.5) * RATE) :][:, :RATE])
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "field", "size"),
+    [
+        ("x.wav", ["-c:a", "pcm_f32le"], struct.Struct("<I"), 0),
+        ("x.wav", ["-c:a", "pcm_s24le"], struct.Struct("<I"), 0),
+        ("x.caf", ["-c:a", "pcm_s24le"], struct.Struct(">q"), -1),
+    ],
+)
+def test_a_recording_whose_header_was_never_finished_is_read_whole(
+    folder, tmp_path, name, arguments, field, size
+):
+    path = convert(folder / "source.wav", tmp_path / name, *arguments)
+    expected, _ = audio_read(path)
+    content = bytearray(path.read_bytes())
+    field.pack_into(content, content.index(b"data") + 4, size)
+    path.write_bytes(content)
+    assert torch.equal(audio_read(path)[0], expected)
+    assert torch.equal(torch.cat([block for block, _ in audio_blocks(path)], dim=1), expected)
     assert audio_info(path) == AudioFileInfo(RATE, SECONDS, 2)
 
 

@@ -94,6 +94,8 @@ def test_chunks_meet_at_any_rate_and_context(tmp_path):
 
 
 def test_a_file_is_used_or_left_out_with_its_reason(tmp_path):
+    damaged = tones(8000, 6)
+    damaged[1, 40_000] = 1.7e38
     paths = {
         "song.ogg": SONG,
         "whole.flac": convert(SONG, tmp_path / "whole.flac"),
@@ -105,6 +107,8 @@ def test_a_file_is_used_or_left_out_with_its_reason(tmp_path):
         "silent.wav": noise(tmp_path / "silent.wav", 6, amplitude=SILENCE / 2),
         "quiet.wav": noise(tmp_path / "quiet.wav", 6, amplitude=SILENCE * 2),
         "nan.wav": write_source(tmp_path / "nan.wav", tones().mul(math.nan)),
+        "damaged.wav": write_source(tmp_path / "damaged.wav", damaged, 8000),
+        "slow.wav": noise(tmp_path / "slow.wav", 6, 999),
         "text.wav": tmp_path / "text.wav",
         "empty.wav": tmp_path / "empty.wav",
         "cut.flac": cut_off(tmp_path / "whole.flac", tmp_path / "cut.flac"),
@@ -122,11 +126,14 @@ def test_a_file_is_used_or_left_out_with_its_reason(tmp_path):
     assert used["song.ogg"].chunks == (Chunk(SONG, 0, 8),)
     left = {Path(name).name: reason for name, reason in reasons(found).items()}
     assert list(left) == [
-        *("short.wav", "silent.wav", "nan.wav", "text.wav", "empty.wav", "cut.flac"),
+        *("short.wav", "silent.wav", "nan.wav", "damaged.wav", "slow.wav", "text.wav"),
+        *("empty.wav", "cut.flac"),
     ]
     assert left["short.wav"] == "is shorter than 5 s (3.00 s)"
     assert left["silent.wav"] == "is silent"
     assert left["nan.wav"].startswith("holds samples that are not numbers")
+    assert left["damaged.wav"] == "peaks above 1000 times full scale (1.7e+38); export it again"
+    assert left["slow.wav"] == "has a sample rate below 1000 Hz (999 Hz); export it again"
     assert left["text.wav"].startswith("cannot be read as audio")
     assert left["empty.wav"].startswith("is empty (0 bytes)")
     assert left["cut.flac"].startswith("is damaged or cut off")
@@ -237,7 +244,7 @@ def test_a_song_without_tags_or_ffprobe_has_none(tmp_path, monkeypatch, caplog):
     assert "ffprobe is not installed" in caplog.text
 
 
-@pytest.mark.parametrize("suffix", ["mp3", "m4a", "wma", "mka", "mp4"])
+@pytest.mark.parametrize("suffix", ["mp3", "m4a", "wma", "mka", "mp4", "mpg", "ac3", "eac3"])
 def test_a_file_says_how_long_it_is(tmp_path, suffix):
     assert stated_duration(convert(SONG, tmp_path / f"a.{suffix}")) == pytest.approx(8, abs=0.1)
 

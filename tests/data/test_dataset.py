@@ -15,9 +15,11 @@ import torch
 from demucs.apply import apply_model
 from safetensors import SafetensorError
 
-from audiocraft.data import dataset
+from audiocraft.assets.parts import write_json
+from audiocraft.data import chunks, dataset
 from audiocraft.data.audio import audio_read
 from audiocraft.data.audio_utils import convert_audio
+from audiocraft.data.chunks import longest_duration
 from audiocraft.data.codes import encode_chunk, load_encoded, load_encoder
 from audiocraft.data.dataset import (
     DatasetSettings,
@@ -312,15 +314,32 @@ def test_what_is_silent_without_the_rest_is_left_out(tmp_path):
     faint = 4e-4 * tones(8000, 33)[:1]
     write_source(folder / "long.wav", torch.cat([faint, tones(8000, 6)[:1]], 1), 8000)
     write_source(folder / "faint.wav", faint[:, : 10 * 8000], 8000)
-    prepared = run(folder, tmp_path / "work", DatasetSettings(stems=KEPT))
+    work = tmp_path / "work"
+    prepared = run(folder, work, LABELLED)
     assert [(e.name, e.start) for e in prepared.examples] == [("long.wav", 30)]
     (used,) = prepared.report.used
     assert (used.chunks, used.silent_chunks) == (1, 1)
     assert [(left.name, left.reason) for left in prepared.report.left_out] == [
         ("faint.wav", "is silent but for what is removed (kept: drums, bass, other)")
     ]
-    (folder / "long.wav").unlink()
-    message = sentence(run, folder, tmp_path / "work", DatasetSettings(stems=KEPT))
+    remove_intermediates(work, prepared)
+    assert not list((work / "stems").glob("*.w64"))
+    before = made(work)
+    assert run(folder, work, LABELLED).report == prepared.report
+    assert made(work) == before
+
+
+def test_what_is_known_to_be_silent_is_not_separated_again(tmp_path, monkeypatch):
+    folder, work = tmp_path / "music", tmp_path / "work"
+    folder.mkdir()
+    write_source(folder / "faint.wav", tones(8000, 6)[:1], 8000)
+    (file,) = find(folder, work).files
+    stems = dataset._Shelf.of(work, load_encoder("small"), LABELLED).music(file)
+    stems.parent.mkdir(parents=True)
+    write_json(stems.with_suffix(".json"), {"peaks": 6 * [0.0]})
+    for name in ("separate", "load_label_models"):
+        monkeypatch.setattr(dataset, name, None)
+    message = sentence(run, folder, work, LABELLED, "small")
     assert message.startswith(
         "music holds no music that can be used (1 x is silent but for what is removed): give"
     )
@@ -407,9 +426,11 @@ def test_a_messy_zip_is_accounted_for(tmp_path):
         assert encoded.codes.shape == (8, 1500)
         assert encoded.chroma.shape == (235, 12)
         assert len(encoded.codes.unique()) > 4
-    assert disk_need(find(packed, tmp_path / "work" / "unpacked"), LABELLED) > sum(
+    found = find(packed, tmp_path / "work" / "unpacked")
+    assert disk_need(found, tmp_path / "new", "stereo-melody", LABELLED) > sum(
         path.stat().st_size for stage in STAGES for path in (tmp_path / "work" / stage).iterdir()
     )
+    assert disk_need(found, tmp_path / "work", "stereo-melody", LABELLED) == 0
 
 
 VIDEO = (
@@ -429,6 +450,8 @@ VIDEO = (
         ("a.wma", ()),
         ("a.mp4", VIDEO),
         ("a.mkv", VIDEO),
+        ("a.mpg", ()),
+        ("a.ac3", ()),
     ],
 )
 def test_the_disk_that_is_needed_is_known_before(tmp_path, name, arguments):
@@ -439,9 +462,9 @@ def test_the_disk_that_is_needed_is_known_before(tmp_path, name, arguments):
     shutil.copy(folder / name, folder / f"copy of {name}")
     found = find(folder, tmp_path / "work")
     stems = 8.0 * (44100 * 8 + 32000 * 4)
-    need = disk_need(found, DatasetSettings(stems=KEPT))
+    need = disk_need(found, tmp_path / "work", "stereo-melody", DatasetSettings(stems=KEPT))
     assert stems < need < 1.2 * stems
-    assert disk_need(found, DatasetSettings(), melody=False) < 200_000
+    assert disk_need(found, tmp_path / "work", "small", DatasetSettings()) < 200_000
 
 
 def test_the_needs_of_files_add_up(tmp_path):
@@ -450,9 +473,50 @@ def test_the_needs_of_files_add_up(tmp_path):
     needs = []
     for seconds in (5, 6, 7):
         path = write_source(folder / f"{seconds}.wav", tones(8000, seconds), 8000)
-        needs.append(disk_need(find(path, tmp_path / "work"), LABELLED))
+        found = find(path, tmp_path / "work")
+        needs.append(disk_need(found, tmp_path / "work", "stereo-melody", LABELLED))
     assert len(set(needs)) == 3
-    assert disk_need(find(folder, tmp_path / "work"), LABELLED) == sum(needs)
+    found = find(folder, tmp_path / "work")
+    assert disk_need(found, tmp_path / "work", "stereo-melody", LABELLED) == sum(needs)
+
+
+def test_what_was_prepared_needs_no_more_of_the_disk(done, tmp_path):
+    """Not even where its stems are gone; with other settings it does."""
+    music, work = (
+        shutil.copytree(done[1].parent / name, tmp_path / name) for name in ("music", "work")
+    )
+    for path in (work / "stems").glob("*.w64"):
+        path.unlink()
+    found = find(music, work)
+    whole = disk_need(found, tmp_path / "new", "stereo-melody", LABELLED)
+    assert disk_need(found, work, "stereo-melody", LABELLED) == 0
+    described = replace(LABELLED, one_same_description="x", stems=KEPT[::-1])
+    for alike in (described, DatasetSettings(stems=KEPT)):
+        assert disk_need(found, work, "stereo-melody-large", alike) == 0
+    other = replace(LABELLED, stems=("vocals",))
+    assert disk_need(found, work, "stereo-melody", other) > 0.9 * whole
+    assert disk_need(found, work, "stereo-small", LABELLED) > 0.6 * whole
+    write_source(music / "c.wav", tones(8000, 5), 8000)
+    assert 0 < disk_need(find(music, work), work, "stereo-melody", LABELLED) < whole / 2
+
+
+def test_stems_that_are_there_need_no_more_of_the_disk(done, tmp_path):
+    """Those of one file, as a job that was stopped leaves them."""
+    _, music = done
+    found = find(music, tmp_path)
+    work = tmp_path / "work"
+    (work / "stems").mkdir(parents=True)
+    whole = disk_need(found, work, "stereo-melody", LABELLED)
+    there = 0
+    for path in (music.parent / "work" / "stems").glob(f"{found.files[0].sha256}-*"):
+        shutil.copy(path, work / "stems")
+        there += path.stat().st_size
+    assert there > whole / 3
+    assert disk_need(found, work, "stereo-melody", LABELLED) == whole - there
+    # What others keep is of no use here, but for its melody.
+    other = replace(LABELLED, stems=("vocals",))
+    assert disk_need(found, work, "stereo-melody", other) > 0.8 * whole
+    assert disk_need(found, work, "small", DatasetSettings()) > 200_000
 
 
 def test_a_length_that_cannot_be_true_does_not_count(tmp_path, monkeypatch):
@@ -464,18 +528,28 @@ def test_a_length_that_cannot_be_true_does_not_count(tmp_path, monkeypatch):
     for stated, expected in ((0, guess), (16_000, 1.1 * 16), (2**32 - 2, guess)):
         data[place] = stated.to_bytes(4, "big")
         path.write_bytes(data)
-        assert dataset._longest(path) == pytest.approx(expected)
+        assert longest_duration(path) == pytest.approx(expected)
     monkeypatch.setenv("PATH", str(tmp_path))  # without ffprobe
     data[place] = (16_000).to_bytes(4, "big")
     path.write_bytes(data)
-    assert dataset._longest(path) == pytest.approx(guess)
+    assert longest_duration(path) == pytest.approx(guess)
+
+
+def test_a_recording_whose_header_was_never_finished_has_a_length(tmp_path):
+    path = write_source(tmp_path / "a.wav", tones(8000, 5), 8000)
+    data = bytearray(path.read_bytes())
+    place = data.index(b"data") + 4
+    data[place : place + 4] = bytes(4)
+    path.write_bytes(data)
+    assert longest_duration(path) == pytest.approx(1.1 * 5, rel=0.01)
 
 
 def test_files_whose_length_is_exact_are_not_looked_into(tmp_path, monkeypatch):
     """It takes a process each time."""
-    monkeypatch.setattr(dataset, "stated_duration", None)
-    assert dataset._longest(write_source(tmp_path / "a.wav", tones(8000, 5), 8000)) == 5
-    assert dataset._longest(convert(SONG, tmp_path / "a.flac")) == 8
+    monkeypatch.setattr(chunks, "stated_duration", None)
+    assert longest_duration(write_source(tmp_path / "a.wav", tones(8000, 5), 8000)) == 5
+    assert longest_duration(convert(SONG, tmp_path / "a.flac")) == 8
+    assert longest_duration((tmp_path / "a.wav").rename(tmp_path / "a.raw")) == 5
 
 
 @pytest.mark.parametrize(

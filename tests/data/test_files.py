@@ -119,6 +119,17 @@ def test_letters_of_two_parts_are_the_same_letters(folder):
     assert texts(find(folder, folder)) == {"Mu\u0308ller.wav": "yes"}
 
 
+def test_of_texts_with_one_name_one_is_left_out(folder):
+    fill(folder, {"a.wav": "", "a.txt": "yes", "a.TXT": "no", "b.json": "{}", "b.JSON": "{}"})
+    found = find(folder, folder)
+    assert texts(found) == {"a.wav": "yes"}
+    assert reasons(found) == {
+        "a.TXT": "another beside it has its name",
+        "b.JSON": "another beside it has its name",
+        "b.json": "no music beside it has its name",
+    }
+
+
 def test_the_key_tells_what_matters(folder, tmp_path):
     fill(folder, {"a.wav": "1", "b.wav": "2", "a.txt": "text"})
     keys = [find(folder, folder).key]

@@ -175,17 +175,18 @@ def test_a_tar_with_a_senseless_size_is_refused(place, size):
     assert "is broken or cut off" in refused(place, make_tar(place / "songs.tar", entries))
 
 
-def test_a_tar_with_endless_extensions_is_refused(place):
-    """A name of a gigabyte, which is not there, must not be allocated."""
+@pytest.mark.parametrize(("field", "size"), [(b"%011o\0" % 2**30, 2**30), (b"-0000001000\0", -512)])
+def test_a_tar_with_endless_extensions_is_refused(place, field, size):
+    """A name of a gigabyte, which is not there, must not be allocated, nor one read backwards."""
     source = make_tar(
         place / "songs.tar", [tar_entry("n" * 300, content=SONG)], form=tarfile.GNU_FORMAT
     )
     header = bytearray(source.read_bytes())
-    header[124:136] = b"%011o\0" % 2**30
+    header[124:136] = field
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header[:512])
     source.write_bytes(header)
-    assert f"header 1: an extension of {2**30} bytes" in refused(place, source)
+    assert f"header 1: an extension of {size} bytes" in refused(place, source)
 
 
 def test_a_name_that_no_system_holds_is_refused(place):

@@ -1,5 +1,6 @@
 """Stems of files of every kind are those of demucs on the whole file, at the file's own time."""
 
+import math
 import resource
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from audiocraft.data.separate import (
     separate,
 )
 from audiocraft.errors import AssetError
-from audiocraft.modules.stems import load_htdemucs
+from audiocraft.modules.stems import StemPart, load_htdemucs
 from tests.data.signals import convert, sentence, tones, write_source
 from tests.separators import SOURCES, put_htdemucs
 
@@ -130,6 +131,22 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(separator, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.glob("kept*"))
+
+
+def test_stems_that_are_not_numbers_name_their_file(separator, tmp_path, monkeypatch):
+    separator, _ = separator
+    stems = torch.zeros(4, 2, 1000)
+    stems[1, 1, 500] = math.inf
+    monkeypatch.setattr(
+        separator, "separate_tracks", lambda *_: iter([StemPart(0, stems, last=True)])
+    )
+    path = write_source(tmp_path / "a song.wav", tones(RATE, 5))
+    files = (StemFile(tmp_path / "0af1.w64", ("vocals",)), StemFile(tmp_path / "0af2.w64", ALL))
+    assert sentence(separate, [Track(path, 5.0, files)], separator) == (
+        "The stems of a song.wav are not numbers (NaN or infinite); export it again, or leave it "
+        "out."
+    )
+    assert not list(tmp_path.glob("0af*"))
 
 
 # The lightest of demucs' models, at a low rate: so three hours take a minute.
