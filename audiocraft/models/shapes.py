@@ -1,6 +1,7 @@
 """How large each version is, known before anything of it is on disk."""
 
 from dataclasses import dataclass
+from functools import cache
 
 from omegaconf import OmegaConf
 
@@ -89,6 +90,7 @@ def shape_of(version: str) -> Shape:
     return Shape(dim, num_layers, 8 if stereo else 4, not melody, 235 if melody else 0)
 
 
+@cache
 def _bundled_shape() -> Shape:
     folder = BUNDLED / "tiny"
     _, metadata = read_safetensors(folder / "state_dict.safetensors")

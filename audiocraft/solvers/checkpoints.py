@@ -17,17 +17,15 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import SafetensorError
 
-from audiocraft.assets.parts import UNFINISHED, is_leftover
+from audiocraft.assets.parts import SPARE, UNFINISHED, is_full, is_leftover
 from audiocraft.assets.remote import show_size
-from audiocraft.errors import InputError, TrainingError
+from audiocraft.errors import AssetError, InputError, TrainingError
 
-CHECKPOINTS: Final = "checkpoints"
-"""In the folder of a job."""
-
+_CHECKPOINTS: Final = "checkpoints"
 _LOCK: Final = "lock"
 _NOTES: Final = "notes.json"
-_SPARE: Final = 100_000_000  # bytes that a disk keeps free
 
 
 def job_key(dataset: str, settings: Mapping[str, Any]) -> str:
@@ -44,20 +42,36 @@ def job_key(dataset: str, settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def unwritable(what: str, folder: Path, reason: str | None) -> AssetError:
+    """The error that a folder may not be written to, and what helps."""
+    return AssetError(
+        f"{what} cannot be written to {folder} ({reason}): have a folder there that may be written "
+        "to."
+    )
+
+
 @contextlib.contextmanager
 def work_folder(folder: Path) -> Iterator[Path]:
     """A folder that no other job uses until the block ends; it is made if missing.
 
-    The lock is the kernel's: it ends with this process, however that ends.
+    The lock is the kernel's: it ends with this process, however that ends. What a job that was
+    killed has left goes: files that are not whole, and checkpoints before the last one.
 
     Args:
         folder: the folder.
 
     Raises:
         InputError: another job uses it.
+        AssetError: it may not be written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK).open("a+") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = (folder / _LOCK).open("a+")
+    except OSError as error:
+        if is_full(error):
+            raise
+        raise unwritable("This training", folder, error.strerror) from error
+    with opened as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -72,13 +86,15 @@ def work_folder(folder: Path) -> Iterator[Path]:
         for path in list(folder.rglob("*")):
             if is_leftover(path.name):
                 _remove(path)
+        if updates := _updates(folder):
+            _keep_alone(folder, max(updates))
         yield folder
 
 
 def clear(folder: Path) -> None:
     """Remove all that a job has in its folder, which it holds."""
-    if (folder / CHECKPOINTS).is_dir():  # first: the rest is nothing without it
-        (folder / CHECKPOINTS).replace(folder / f"{CHECKPOINTS}{UNFINISHED}")
+    if (folder / _CHECKPOINTS).is_dir():  # first: the rest is nothing without it
+        (folder / _CHECKPOINTS).replace(folder / f"{_CHECKPOINTS}{UNFINISHED}")
     for path in folder.iterdir():
         if path.name != _LOCK:
             _remove(path)
@@ -89,6 +105,41 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _keep_alone(folder: Path, update: int) -> None:
+    """Remove all checkpoints but one, whose name is on the disk before these lose theirs."""
+    above = folder / _CHECKPOINTS
+    _sync(above)
+    for other in _updates(folder):
+        if other != update:
+            old = above / f"{other}{UNFINISHED}"
+            (above / str(other)).replace(old)
+            shutil.rmtree(old)
+
+
+@contextlib.contextmanager
+def disk_of(folder: Path, what: str) -> Iterator[None]:
+    """Say it in a sentence where the disk gets full.
+
+    Args:
+        folder: where it is written, if the error does not name another.
+        what: is written.
+
+    Raises:
+        TrainingError: it is full.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not is_full(error):
+            raise
+        named = getattr(error, "filename", None)
+        where = Path(named).parent if isinstance(named, str) else folder
+        raise TrainingError(
+            f"The disk of {where} is full before {what} is written: free some of it and start the "
+            "training again, which goes on from there."
+        ) from error
 
 
 def save_checkpoint(
@@ -103,7 +154,7 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint; those before stay until it is whole and on the disk, and go then.
 
-    Every process of the job calls it.
+    Every process of the job calls it. Where the first one fails, the others wait for their end.
 
     Args:
         folder: of the job.
@@ -118,33 +169,29 @@ def save_checkpoint(
     Raises:
         TrainingError: the disk has too little free.
     """
-    above = folder / CHECKPOINTS
+    above = folder / _CHECKPOINTS
     unfinished, whole = above / f"{update}{UNFINISHED}", above / str(update)
-    unfinished.mkdir(parents=True, exist_ok=True)
-    if state is not None:
-        need = _size(state)
+    with disk_of(folder, f"the checkpoint of update {update}"):
+        unfinished.mkdir(parents=True, exist_ok=True)
+        if state is not None and rank == 0:
+            _check_room(folder, update, _size(state) * parts)
+        barrier()  # before any of them takes of the room
+        if state is not None:
+            _write(_part(unfinished, rank), lambda file: torch.save(dict(state), file))
+        barrier()
         if rank == 0:
-            _check_room(folder, update, need * parts)
-        _write(_part(unfinished, rank), lambda file: torch.save(dict(state), file))
-    barrier()
-    if rank == 0:
-        text = json.dumps(dict(notes)).encode()
-        _write(unfinished / _NOTES, lambda file: file.write(text))
-        _sync(unfinished)
-        unfinished.replace(whole)
-        _sync(above)
-        for update_before in _updates(folder):
-            if update_before != update:
-                old = above / f"{update_before}{UNFINISHED}"
-                (above / str(update_before)).replace(old)
-                shutil.rmtree(old)
-    barrier()
+            text = json.dumps(dict(notes)).encode()
+            _write(unfinished / _NOTES, lambda file: file.write(text))
+            _sync(unfinished)
+            unfinished.replace(whole)
+            _keep_alone(folder, update)
+        barrier()
 
 
 def find_checkpoint(folder: Path) -> Path | None:
     """The last whole checkpoint of a job's folder; None where there is none."""
     updates = _updates(folder)
-    return folder / CHECKPOINTS / str(max(updates)) if updates else None
+    return folder / _CHECKPOINTS / str(max(updates)) if updates else None
 
 
 def read_notes(checkpoint: Path) -> dict[str, Any]:
@@ -193,14 +240,18 @@ def _part(checkpoint: Path, rank: int) -> Path:
 
 
 def _updates(folder: Path) -> list[int]:
-    return [int(path.name) for path in (folder / CHECKPOINTS).glob("*") if path.name.isdecimal()]
+    return [int(path.name) for path in (folder / _CHECKPOINTS).glob("*") if path.name.isdecimal()]
 
 
 def _write(path: Path, write: Callable[[Any], object]) -> None:
-    with path.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        path.unlink(missing_ok=True)  # so that a full disk takes the words that say so
+        raise
 
 
 def _sync(folder: Path) -> None:
@@ -222,7 +273,7 @@ def _size(state: Any) -> int:
 
 
 def _check_room(folder: Path, update: int, need: int) -> None:
-    free = shutil.disk_usage(folder).free - _SPARE
+    free = shutil.disk_usage(folder).free - SPARE
     if free < need:
         raise TrainingError(
             f"The checkpoint of update {update} needs {show_size(need)} on the disk of {folder}, "

@@ -65,13 +65,15 @@ def load_measured_clips(
 
 def _load(example: Example) -> Clip:
     encoded = load_encoded(example.encoded)
+    chroma = encoded.chroma
+    # Copied: each would keep a memory map, of which a process may have some 65,000.
     return Clip(
         example.key,
-        encoded.codes,
+        encoded.codes.clone(),
         encoded.frames,
         example.metadata.description,
         parse_metadata(asdict(example.metadata)),
-        encoded.chroma,
+        None if chroma is None else chroma.clone(),
         encoded.samples,
     )
 

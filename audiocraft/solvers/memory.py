@@ -5,6 +5,7 @@ backward pass was counted tensor by tensor in `audiocraft.modules.transformer`; 
 sum with what torch's allocator gives out in real updates.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Final
@@ -58,8 +59,9 @@ class Need:
         optimizer: its state.
         average: the moving average.
         encoder: of text.
-        working: the larger of what the end of the forward pass and what the step needs besides:
-            activations, 16-bit copies of weights, gradients.
+        working: the largest of what the end of the forward pass, the step and loading need
+            besides: activations, 16-bit copies of weights, gradients; weights before they are
+            sharded.
         rest: context, libraries, and a reserve for what the allocator cannot hand out.
     """
 
@@ -178,13 +180,20 @@ def memory_need(
     gradients = _FLOAT32 * trained
     # From the first clips on if they are accumulated, and always in the buckets of DDP.
     is_accumulated = plan.micro_batch < _share(job, processes)
-    lasting = gradients * (is_accumulated or (processes > 1 and not plan.sharded))
+    is_replicated = processes > 1 and not plan.sharded
+    lasting = gradients * (is_accumulated or is_replicated)
     working = _working(
         shape, sizes, plan, job.lora_rank, bfloat16=bfloat16, lasting=lasting, step=gradients
     )
     # AdamW takes the roots of all second moments of a group at once on a GPU.
     roots = gradients if gpu and job.optimizer == "adamw" else 0
-    working = max(working, gradients + roots)
+    # In a start's first update DDP moves those that it adds up into new buckets; a run that goes on
+    # has the optimizer's state by then.
+    moved = gradients if is_accumulated and is_replicated else 0
+    working = max(working, gradients + max(roots, moved))
+    weights = _FLOAT32 * trained + frozen_bytes * -(-sizes.frozen // parts)
+    optimizer = OPTIMIZER_BYTES[job.optimizer] * trained
+    average = 0 if plan.ema_on_host else _FLOAT32 * trained
     if plan.sharded:
         # What is in no layer is whole, and so are the layer in use and the next one; each with the
         # gradients of what is trained.
@@ -192,13 +201,10 @@ def memory_need(
         trained_at_once = 2 * sizes.layer if job.lora_rank else at_once
         working += 2 * _FLOAT32 * trained_at_once
         working += frozen_bytes * at_once if job.lora_rank else 0
-    need = Need(
-        weights=_FLOAT32 * trained + frozen_bytes * -(-sizes.frozen // parts),
-        optimizer=OPTIMIZER_BYTES[job.optimizer] * trained,
-        average=0 if plan.ema_on_host else _FLOAT32 * trained,
-        encoder=_FLOAT32 * shape.text_encoder,
-        working=working,
-    )
+        # Each process has loaded all weights before they are spread and anything else is there.
+        loaded = _FLOAT32 * sizes.trained + frozen_bytes * sizes.frozen
+        working = max(working, loaded - weights - optimizer - average)
+    need = Need(weights, optimizer, average, _FLOAT32 * shape.text_encoder, working)
     if not gpu:
         return replace(need, rest=_PROCESS + int(_HOST_RESERVE * working))
     libraries = _CUDA + (_NCCL if processes > 1 else 0)
@@ -264,11 +270,21 @@ def _find_plan(job: TrainingJob, room: _Room, sharded: bool | None = None) -> Pl
     """The plan that slows a training down least, of those that fit."""
     share = _share(job, room.processes)
     for plan in _ladder(job, room, sharded):
-        for most in range(share, 0, -1):
-            fitting = replace(plan, micro_batch=most)
-            if _need(job, fitting, room) <= room.each:
-                return replace(plan, micro_batch=_even(share, most))
+        if most := _most_clips(job, plan, room):
+            return replace(plan, micro_batch=_even(share, most))
     return None
+
+
+def _most_clips(job: TrainingJob, plan: Plan, room: _Room) -> int:
+    """Most clips at once with which a plan fits; 0 where it never does."""
+
+    def need(clips: int) -> int:
+        return _need(job, replace(plan, micro_batch=clips), room)
+
+    share = _share(job, room.processes)
+    if need(share) <= room.each:  # which may take less than fewer do, whose gradients have to wait
+        return share
+    return bisect_right(range(1, share), room.each, key=need)
 
 
 def plan_memory(
@@ -347,7 +363,7 @@ def _refusal(job: TrainingJob, room: _Room, where: str, sharded: bool | None) ->
     least = min(
         _need(job, replace(plan, micro_batch=clips), room)
         for plan in _ladder(job, room, sharded)
-        for clips in range(1, _share(job, room.processes) + 1)
+        for clips in (1, _share(job, room.processes))
     )
     what = f"lora_rank={job.lora_rank}" if job.lora_rank else "full fine-tuning"
     goal = ""

@@ -211,7 +211,13 @@ class Trainer:
             device="cpu" if settings.ema_on_host else None,
         )
         self._replicated: DistributedDataParallel | None = None
+        self._adds_in_buckets = False
+        self._is_in_order = False
         if joined and not self._sharded:
+            self._adds_in_buckets = settings.micro_batch < settings.batch_size // self.ranks
+            if self._adds_in_buckets:  # where DDP lays the gradients that it finds
+                for weight in self._weights.values():
+                    weight.grad = torch.zeros_like(weight)
             self._replicated = DistributedDataParallel(
                 self._predictions,
                 device_ids=[lm.device] if lm.device.type == "cuda" else None,
@@ -342,10 +348,21 @@ class Trainer:
         counts_there = self._send(counts)
         lr = self._base_lr * lr_factor(settings.schedule, number, settings.warmup, settings.updates)
         set_lr(self.optimizer, lr)
-        self.optimizer.zero_grad(set_to_none=True)
+        parts = [
+            own[start : start + settings.micro_batch]
+            for start in range(0, share, settings.micro_batch)
+        ]
+        if self._replicated is not None and not self._is_in_order:
+            # DDP puts its buckets in order when their gradients have met for the first time, and in
+            # which order more than two processes are added up depends on that: so they meet once
+            # for nothing, at each start, and a run that goes on rounds as one that was not stopped.
+            loss = self._loss(self._replicated, batch, parts[0], tokens, drops)
+            loss.share(counts_there).backward()  # type: ignore[no-untyped-call]
+            self._is_in_order = True
+        # New ones would lie beside DDP's buckets until processes meet.
+        self.optimizer.zero_grad(set_to_none=not self._adds_in_buckets)
         sums = torch.zeros(len(counts), dtype=torch.float64, device=self.lm.device)
-        for start in range(0, share, settings.micro_batch):
-            rows = own[start : start + settings.micro_batch]
+        for rows in parts:
             # Gradients meet those of the other processes once an update. Those of shards do so each
             # time: in between, each process would have to hold them for all weights.
             together = self._replicated

@@ -1,5 +1,7 @@
 """What a training needs on disk: the files of its version, and room for its own."""
 
+import errno
+import os
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -9,7 +11,6 @@ from omegaconf import DictConfig
 
 from audiocraft.assets.download import check_space
 from audiocraft.assets.store import PARTS, fetch, fetch_folder
-from audiocraft.errors import AssetError
 from audiocraft.models.loaders import (
     CODEC_FILE,
     LM_FILE,
@@ -22,10 +23,12 @@ from audiocraft.models.loaders import (
 from audiocraft.models.shapes import shape_of
 from audiocraft.models.versions import VERSIONS
 from audiocraft.modules.stems import HTDEMUCS, separator_files
+from audiocraft.solvers.checkpoints import unwritable
 from audiocraft.solvers.job import TrainingJob
 from audiocraft.solvers.memory import memory_need
 from audiocraft.solvers.plan import Plan
 
+_RESULT: Final = "The result of this training"
 _CHECKPOINTS: Final = 2  # the last one stays until the next is whole
 _EXPORTS: Final = 2  # that of the last checkpoint, and the next
 
@@ -104,13 +107,34 @@ def check_disk(
     need = max(0, training_need(job) - written) + dataset
     check_space("This training", _existing(work), need)
     _, export = _sizes(job)
-    check_space("The result of this training", _existing(weights), export)
+    check_space(_RESULT, _existing(weights), export)
 
 
 def _existing(folder: Path) -> Path:
     """A folder, or the nearest one above it that is there."""
     folder = folder.absolute()
     return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def check_writable(what: str, folder: Path) -> None:
+    """Refuse a folder that may not be written to, as far as that shows before it is.
+
+    Args:
+        what: is to be written.
+        folder: it need not be there; then the one above it counts.
+
+    Raises:
+        AssetError: it may not.
+    """
+    try:
+        above = _existing(folder)
+    except PermissionError as error:  # what is above may not even be looked into
+        raise unwritable(what, folder, error.strerror) from error
+    if not above.is_dir():
+        raise unwritable(what, folder, os.strerror(errno.ENOTDIR))
+    if not os.access(above, os.W_OK | os.X_OK):
+        read_only = os.statvfs(above).f_flag & os.ST_RDONLY
+        raise unwritable(what, folder, os.strerror(errno.EROFS if read_only else errno.EACCES))
 
 
 def check_result_folder(weights: Path) -> None:
@@ -126,7 +150,4 @@ def check_result_folder(weights: Path) -> None:
         weights.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=weights).close()
     except OSError as error:
-        raise AssetError(
-            f"The result of this training cannot be written to {weights} ({error.strerror}): have "
-            "a folder there that may be written to."
-        ) from error
+        raise unwritable(_RESULT, weights, error.strerror) from error

@@ -283,15 +283,19 @@ def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None
     """Go on from an `optimizer_state` of the same weights, spread in the same way."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     wholes = {
-        index: {
-            key: _whole(value.to(weights[index].device), weights[index])
-            if is_sharded(weights[index]) and isinstance(value, Tensor) and value.dim()
-            else value
-            for key, value in values.items()
-        }
+        index: {key: _own(value, weights[index]) for key, value in values.items()}
         for index, values in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": wholes})
+
+
+def _own(value: Any, weight: nn.Parameter) -> Any:
+    """A state as it belongs to a weight; what is spread as its weight is."""
+    if not isinstance(value, Tensor):
+        return value
+    if not value.dim():  # AdamW keeps its steps where they are, in a file that is mapped to memory
+        return value.clone()
+    return _whole(value.to(weight.device), weight) if is_sharded(weight) else value
 
 
 def effective_lr(optimizer: Optimizer) -> float:

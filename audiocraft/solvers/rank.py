@@ -12,7 +12,7 @@ import traceback
 from pathlib import Path
 from typing import Final, NoReturn
 
-from audiocraft.errors import AudiocraftError
+from audiocraft.errors import AudiocraftError, is_out_of_memory
 from audiocraft.solvers.agent import AGENT, FOLDER
 
 _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
@@ -49,9 +49,7 @@ def _leave(error: Exception, *, is_ours: bool) -> None:
         "time": time.time(),
         "message": message,
         "is_ours": is_ours,
-        # By names, for importing torch takes seconds.
-        "short_of_memory": kind in {"OutOfMemoryError", "MemoryError"}
-        or "DefaultCPUAllocator" in message,
+        "short_of_memory": is_out_of_memory(error),
     }
     (Path(os.environ[FOLDER]) / f"rank-{rank}.json").write_text(json.dumps(left))
 

@@ -18,6 +18,7 @@ from audiocraft.data.dataset import load_prepared
 from audiocraft.data.report import summarize
 from audiocraft.models.finetunes import read_finetune, save_finetune
 from audiocraft.models.versions import VERSIONS
+from audiocraft.solvers.checkpoints import disk_of
 from audiocraft.solvers.clips import LEAST_SONGS, choose_prompts, hold_out
 from audiocraft.solvers.conditions import condition_settings
 from audiocraft.solvers.job import TrainingJob, read_job
@@ -50,21 +51,22 @@ def main() -> None:
     prompts = choose_prompts(examples, condition_settings(cfg, job.cfg_p), job.seed)
     folder = Path(place.weights)
     set_aside(folder, work.name)
-    save_finetune(
-        folder / WEIGHTS_FILE,
-        tuned.checkpoint.state,  # read from its file as it is written
-        cfg,
-        base=job.version,
-        base_sha256=tuned.base_sha256,
-        license=VERSIONS[job.version].license,
-        lora=tuned.lora,
-        metadata={
-            "run": work.name,
-            "dataset": json.dumps(summarize(prepared.report), ensure_ascii=False),
-            "training": json.dumps(describe_training(job, state, update)),
-            "prompts": json.dumps(prompts, ensure_ascii=False),
-        },
-    )
+    with disk_of(folder, "the result of this training"):
+        save_finetune(
+            folder / WEIGHTS_FILE,
+            tuned.checkpoint.state,  # read from its file as it is written
+            cfg,
+            base=job.version,
+            base_sha256=tuned.base_sha256,
+            license=VERSIONS[job.version].license,
+            lora=tuned.lora,
+            metadata={
+                "run": work.name,
+                "dataset": json.dumps(summarize(prepared.report), ensure_ascii=False),
+                "training": json.dumps(describe_training(job, state, update)),
+                "prompts": json.dumps(prompts, ensure_ascii=False),
+            },
+        )
     (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors gives it to this user alone
 
 

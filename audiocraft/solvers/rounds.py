@@ -33,6 +33,7 @@ from audiocraft.models.loaders import (
 from audiocraft.models.versions import VERSIONS
 from audiocraft.modules.lora import attach, lora_config
 from audiocraft.solvers.checkpoints import (
+    disk_of,
     find_checkpoint,
     load_state,
     read_notes,
@@ -365,15 +366,16 @@ class _Run:
         if weights is None:
             return
         remove_weights(self._work)
-        save_finetune(
-            weights_file(self._work, state.update),
-            weights,
-            base.cfg,
-            base=self._job.version,
-            base_sha256=state.base_sha256,
-            license=VERSIONS[self._job.version].license,
-            lora=lora_config(self._job.lora_rank) if self._job.lora_rank else None,
-        )
+        with disk_of(self._work, f"the export of update {state.update}"):
+            save_finetune(
+                weights_file(self._work, state.update),
+                weights,
+                base.cfg,
+                base=self._job.version,
+                base_sha256=state.base_sha256,
+                license=VERSIONS[self._job.version].license,
+                lora=lora_config(self._job.lora_rank) if self._job.lora_rank else None,
+            )
 
     def _save(self) -> None:
         state, trainer = self._state, self._trainer

@@ -10,7 +10,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -25,8 +25,8 @@ from audiocraft.data.report import write_report
 from audiocraft.errors import AssetError, InputError, TrainingError
 from audiocraft.models.versions import VERSIONS
 from audiocraft.solvers.checkpoints import (
-    CHECKPOINTS,
     clear,
+    disk_of,
     find_checkpoint,
     job_key,
     work_folder,
@@ -35,7 +35,13 @@ from audiocraft.solvers.devices import Device, find_devices
 from audiocraft.solvers.job import JOB_FILE, Place, TrainingJob, write_job
 from audiocraft.solvers.launch import launch
 from audiocraft.solvers.memory import estimate_seconds, plan_memory
-from audiocraft.solvers.needs import check_disk, check_result_folder, fetch_base, training_need
+from audiocraft.solvers.needs import (
+    check_disk,
+    check_result_folder,
+    check_writable,
+    fetch_base,
+    training_need,
+)
 from audiocraft.solvers.plan import Plan
 from audiocraft.solvers.prepare import DATASET_FILE
 from audiocraft.solvers.result import WEIGHTS_FILE, describe_training, read_metadata
@@ -88,7 +94,7 @@ def run_job(
     Raises:
         InputError: the job cannot be done with these settings, this music or this machine.
         AssetError: something is missing on disk, or room.
-        TrainingError: a process failed, or the loss is not finite.
+        TrainingError: a process failed, the loss is not finite, or the disk has got full.
     """
     # Before an archive is unpacked, where it is certain that there is nothing to go on from.
     where = None
@@ -98,12 +104,12 @@ def run_job(
     found = find(dataset, runs / _UNPACKED)
     work = runs / job_key(found.key, asdict(job))
     log(f"Work folder: {work}")
-    with work_folder(work):
+    with disk_of(work, "the report of this training"), work_folder(work):
         finished = None if fresh else _finished(work, weights)
         if finished is not None:
             log("This training has ended before: here is its result, nothing is trained again.")
             _show_result(finished, str(read_json(work / _RESULT)["sha256"]), log)
-            _remove_states(work)
+            remove_weights(work)
             return finished
         state = None if fresh else read_state(work)
         if state is None and not fresh:
@@ -113,7 +119,7 @@ def run_job(
         has_ended = state is not None and state.has_ended
         is_prepared = not fresh and (work / DATASET_FILE).is_file()
         settings = DatasetSettings(job.one_same_description, job.vocabularies, job.stems)
-        needed = 0 if is_prepared else disk_need(found, settings, VERSIONS[job.version].melody)
+        needed = 0 if is_prepared else disk_need(found, runs / _DATA, job.version, settings)
         written = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
         if has_ended:  # and writes nothing but its result
             written = training_need(job)
@@ -215,7 +221,12 @@ def _check_disk(
     written: int = 0,
     dataset: int = 0,
 ) -> None:
-    """As `check_disk` does, and say where there is something to remove."""
+    """As `check_disk` does, and say where there is something to remove.
+
+    A folder that may not be written to is refused as well.
+    """
+    check_writable("This training", work or runs)
+    check_writable("The result of this training", weights)
     try:
         check_disk(job, work or runs, weights, written=written, dataset=dataset)
     except AssetError as error:
@@ -316,7 +327,7 @@ def _finish(work: Path, job: TrainingJob, place: Place, log: Log) -> Path:
         }
         write_report(prepared.report, work / REPORT_FILE, more)
         write_json(work / _RESULT, result)
-        _remove_states(work)
+        remove_weights(work)
         _show_result(path, result["sha256"], log)
     return path
 
@@ -331,17 +342,6 @@ def _alone(weights: Path, log: Log) -> Iterator[None]:
             if path.name.startswith(".") and is_leftover(path.name):
                 path.unlink()
         yield
-
-
-def _remove_states(work: Path) -> None:
-    """Remove what nothing goes on from, once a training has its result.
-
-    That is what it could not remove when it was killed right after its last checkpoint. What stays
-    makes the same again: the chosen weights, and notes that say that it has ended.
-    """
-    for path in work.glob(f"{CHECKPOINTS}/*/state-*.pt"):
-        path.unlink()
-    remove_weights(work)
 
 
 def _said(path: Path, name: str) -> str:
@@ -383,7 +383,8 @@ def _timed(work: Path, stage: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _add_time(work, stage, time.perf_counter() - begin)
+        with suppress(OSError):  # what ended it, maybe a full disk, says more than its time
+            _add_time(work, stage, time.perf_counter() - begin)
 
 
 def _add_time(work: Path, stage: str, seconds: float) -> None:
@@ -466,7 +467,11 @@ def _duration(path: Path) -> float | None:
     """Seconds of music by the header; None where only decoding tells."""
     import soundfile
 
+    if not path.is_file():  # a pipe would wait for somebody to write
+        return None
     try:
-        return float(soundfile.info(path).duration)
-    except soundfile.LibsndfileError:
+        # By descriptor, for soundfile takes a name's suffix into account, and only names in UTF-8.
+        with path.open("rb") as file, soundfile.SoundFile(file.fileno(), closefd=False) as sound:
+            return float(sound.frames / sound.samplerate)
+    except (OSError, soundfile.LibsndfileError):
         return None

@@ -1,5 +1,6 @@
 """The folder of a job: one job at a time, and always a whole checkpoint in it."""
 
+import itertools
 import os
 import random
 import shutil
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from audiocraft.errors import InputError, TrainingError
+from audiocraft.assets.parts import SPARE
+from audiocraft.errors import AssetError, InputError, TrainingError
 from audiocraft.solvers.checkpoints import (
     clear,
     find_checkpoint,
@@ -78,19 +80,32 @@ def test_a_failed_write_leaves_the_last_one(tmp_path, monkeypatch):
                     raise OSError(28, "No space left on device")
 
             patch.setattr(os, "fsync", fail)
-            with pytest.raises(OSError, match="No space"):
+            with pytest.raises(TrainingError, match=r"^The disk of .* is full before the checkpo"):
                 save_checkpoint(tmp_path, 2, {"update": 2}, {})
             # The fourth is that of the folder, when the new one is whole as well.
             assert load_state(find_checkpoint(tmp_path)) == {"update": 2 if call == 4 else 1}
     with work_folder(tmp_path):
-        assert names(tmp_path / "checkpoints") == [
-            f"{update}/{name}" for update in (1, 2) for name in ("notes.json", "state-0.pt")
-        ]
+        assert names(tmp_path / "checkpoints") == ["2/notes.json", "2/state-0.pt"]
+
+
+@pytest.mark.parametrize("size", [1, 10**6])
+def test_a_disk_that_gets_full(tmp_path, size):
+    """What was written of it goes at once."""
+    unfinished = tmp_path / "checkpoints/2.unfinished"
+    unfinished.mkdir(parents=True)
+    (unfinished / "state-0.pt").symlink_to("/dev/full")
+    with pytest.raises(TrainingError) as caught:
+        save_checkpoint(tmp_path, 2, {"x": torch.zeros(size)}, {})
+    assert str(caught.value) == (
+        f"The disk of {tmp_path} is full before the checkpoint of update 2 is written: free some "
+        "of it and start the training again, which goes on from there."
+    )
+    assert list(unfinished.iterdir()) == []
 
 
 def test_a_disk_that_is_too_small(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, 1, {"update": 1}, {})
-    usage = shutil.disk_usage(tmp_path)._replace(free=100_000_000 + 4_000_000)
+    usage = shutil.disk_usage(tmp_path)._replace(free=SPARE + 4_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     state = {"weights": {"a": torch.zeros(600_000)}, "optimizer": {0: [torch.zeros(600_000)]}}
     with pytest.raises(TrainingError) as caught:
@@ -127,11 +142,16 @@ def test_parts_count_when_all_are_there(tmp_path):
     seen = []
 
     def save(rank):
-        if rank == 1:
-            time.sleep(0.3)
-            seen.append(find_checkpoint(tmp_path))
+        calls = itertools.count(1)
+
+        def barrier():
+            if rank == 1 and next(calls) == 2:  # its part is written, and the other waits
+                time.sleep(0.3)
+                seen.append(find_checkpoint(tmp_path))
+            both.wait()
+
         state = {"rank": rank}
-        save_checkpoint(tmp_path, 5, state, {}, rank=rank, parts=2, barrier=both.wait)
+        save_checkpoint(tmp_path, 5, state, {}, rank=rank, parts=2, barrier=barrier)
         seen.append(find_checkpoint(tmp_path))
 
     threads = [threading.Thread(target=save, args=(rank,)) for rank in (0, 1)]
@@ -142,6 +162,30 @@ def test_parts_count_when_all_are_there(tmp_path):
     whole = tmp_path / "checkpoints/5"
     assert seen == [None, whole, whole]
     assert [load_state(whole, part) for part in (0, 1)] == [{"rank": 0}, {"rank": 1}]
+
+
+def test_no_part_is_written_where_all_do_not_fit(tmp_path, monkeypatch):
+    """The first process looks before another takes of the room; its end is theirs."""
+    usage = shutil.disk_usage(tmp_path)._replace(free=SPARE + 1_500_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    both = threading.Barrier(2)
+
+    def save(rank):
+        state = {"x": torch.zeros(250_000)}
+        save_checkpoint(tmp_path, 5, state, {}, rank=rank, parts=2, barrier=both.wait)
+
+    def wait():
+        with pytest.raises(threading.BrokenBarrierError):
+            save(1)
+
+    other = threading.Thread(target=wait)
+    other.start()
+    time.sleep(0.3)
+    with pytest.raises(TrainingError, match=r"^The checkpoint of update 5 needs 2\.0 MB on the d"):
+        save(0)
+    both.abort()
+    other.join()
+    assert names(tmp_path) == []
 
 
 def test_a_broken_one_is_named(tmp_path):
@@ -169,6 +213,26 @@ def test_one_job_at_a_time(tmp_path):
             pass
     with work_folder(folder):
         pass
+
+
+def test_a_folder_that_may_not_be_written_to(tmp_path):
+    (tmp_path / "runs").touch()
+    folder = tmp_path / "runs/abc"
+    sentence = (
+        rf"^This training cannot be written to {folder} \(Not a directory\): have a folder there "
+        r"that may be written to\.$"
+    )
+    with pytest.raises(AssetError, match=sentence), work_folder(folder):
+        pass
+
+
+def test_what_was_killed_before_it_removed_the_one_before(tmp_path):
+    """Two are what there is room for, and the next is one of them."""
+    save_checkpoint(tmp_path, 10, {"update": 10}, {})
+    shutil.copytree(tmp_path / "checkpoints/10", tmp_path / "checkpoints/9")
+    with work_folder(tmp_path):
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["10"]
+    assert load_state(find_checkpoint(tmp_path)) == {"update": 10}
 
 
 def test_a_folder_that_is_cleared_is_empty_but_for_its_lock(tmp_path):

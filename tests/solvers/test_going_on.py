@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from audiocraft.data.dataset import Prepared, save_prepared
 from audiocraft.data.report import DatasetReport
-from audiocraft.errors import AssetError, InputError
+from audiocraft.errors import AssetError, InputError, TrainingError
 from audiocraft.models.shapes import shape_of
 from audiocraft.solvers import run
 from audiocraft.solvers.checkpoints import save_checkpoint
@@ -284,7 +284,7 @@ def test_the_state_goes_when_the_result_is_there(chain, music, tmp_path, monkeyp
     chain.stages.clear()
     assert train(SHORT, music, tmp_path)[0] == weights
     assert chain.stages == []
-    assert left(work) == ["5", "6", "notes.json", "weights-3.safetensors"]
+    assert left(work) == ["6", "notes.json", "weights-3.safetensors"]
     (work / "result.json").unlink()
     disk(monkeypatch, 2 * shape_of("tiny").parameters)  # for the result alone
     train(SHORT, music, tmp_path)
@@ -342,6 +342,26 @@ def test_a_full_disk_names_what_may_be_removed(chain, music, tmp_path, monkeypat
         f"; free some of it: earlier trainings and unpacked archives lie in {tmp_path / 'runs'}."
     )
     assert chain.stages.count("prepare") == 1
+
+
+def test_a_disk_that_gets_full(chain, music, tmp_path, monkeypatch):
+    """It hides no cancelation, and what is lost is made again."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_json", full)
+        stopped(chain, SHORT, music, tmp_path)
+        with pytest.raises(TrainingError) as caught:
+            train(SHORT, music, tmp_path)
+    assert str(caught.value) == (
+        f"The disk of {work_of(tmp_path)} is full before the report of this training is written: "
+        "free some of it and start the training again, which goes on from there."
+    )
+    chain.stages.clear()
+    train(SHORT, music, tmp_path)
+    assert chain.stages == ["result", "samples"]
 
 
 # Another number of processes

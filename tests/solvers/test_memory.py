@@ -17,7 +17,6 @@ from audiocraft.models.shapes import shape_of
 from audiocraft.models.versions import VERSIONS
 from audiocraft.modules.lora import attach, lora_config
 from audiocraft.solvers.conditions import ConditionSettings
-from audiocraft.solvers.devices import threads_of
 from audiocraft.solvers.job import TrainingJob
 from audiocraft.solvers.memory import (
     EFFICIENCY,
@@ -313,6 +312,47 @@ def test_batch_size_never_decides(batch_size):
     assert need_of(job, plan) <= 48
 
 
+def test_a_large_batch_is_planned_in_few_steps(monkeypatch):
+    calls = []
+
+    def counted(*arguments, **options):
+        calls.append(arguments)
+        return memory_need(*arguments, **options)
+
+    monkeypatch.setattr("audiocraft.solvers.memory.memory_need", counted)
+    job = TrainingJob("tiny", batch_size=100_000)
+    plan, _ = plan_memory(job, [], 1, 8 * GB)
+    turns = -(-job.batch_size // plan.micro_batch)
+    fewer = dataclasses.replace(plan, micro_batch=-(-job.batch_size // (turns - 1)))
+    on_host = {"bfloat16": False, "on_gpu": False}
+    assert need_of(job, plan, **on_host) <= 8 < need_of(job, fewer, **on_host)
+    with pytest.raises(InputError, match=r"needs at least "):
+        plan_memory(job, [], 1, 1)
+    assert len(calls) < 200
+    assert shape_of("tiny") is shape_of("tiny")  # its file is read once
+
+
+def test_gradients_that_ddp_adds_up_are_moved_once():
+    job = TrainingJob("large", batch_size=4)
+    shape = shape_of("large")
+    waits, whole = (
+        memory_need(shape, job, Plan(clips, checkpointing=True), 2, gpu=True, bfloat16=True)
+        for clips in (1, 2)
+    )
+    assert whole.working < waits.working == 2 * 4 * shape.parameters
+
+
+@pytest.mark.parametrize(("rank", "size"), [(0, 4), (16, 2)])
+def test_each_process_loads_all_weights_before_they_are_sharded(rank, size):
+    job = TrainingJob("stereo-large", batch_size=16, lora_rank=rank)
+    shape = shape_of(job.version)
+    plan = Plan(checkpointing=True, sharded=True, ema_on_host=True)
+    need = memory_need(shape, job, plan, 16, gpu=True, bfloat16=True)
+    loaded = need.total - need.rest - need.encoder
+    assert loaded == pytest.approx(size * shape.parameters, rel=0.1)  # and adapters
+    assert loaded >= size * shape.parameters
+
+
 def settings_named(message):
     """The changes that a refusal offers."""
     offered = re.search(r": give (.*), which fits?\.$", message)
@@ -455,15 +495,19 @@ def test_each_version_has_a_need(version):
 
 
 @pytest.mark.slow
-def test_time_is_that_of_the_updates():
-    """Within a factor of 5, at some moment: other work on this machine comes and goes."""
+def test_time_is_that_of_the_updates(monkeypatch):
+    """Within a factor of 5, at some moment: other work on this machine comes and goes.
+
+    By one thread, which finds a core where several would wait for one another.
+    """
+    monkeypatch.setattr("audiocraft.solvers.memory.threads_of", lambda _: 1)
     shape, lm = narrow("small", layers=4, dim=512)
     job = TrainingJob("small", epochs=1, updates_per_epoch=1, batch_size=1)
     settings, clips = trainer_of(lm, job, Plan())
     trainer = Trainer(lm, settings)
     trainer.train(clips, lambda _: None, until=1)
     threads = torch.get_num_threads()
-    torch.set_num_threads(threads_of(1))
+    torch.set_num_threads(1)
     ratios = []
     while len(ratios) < 5 and not any(1 / 5 < ratio < 5 for ratio in ratios):
         begin = time.perf_counter()

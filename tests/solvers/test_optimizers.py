@@ -1,4 +1,6 @@
+import gc
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from audiocraft.solvers.optimizers import (
     build_optimizer,
     effective_lr,
     learning_rate,
+    load_optimizer_state,
+    optimizer_state,
     parameter_groups,
 )
 from audiocraft.solvers.schedules import lr_factor, set_lr
@@ -189,3 +193,24 @@ def test_going_on_from_a_state_is_to_the_bit(name):
     steps(again, third, 4, 10)
     assert torch.equal(again, parameter)
     assert not torch.equal(resumed, parameter)
+
+
+def test_a_step_is_taken_out_of_the_file_that_it_was_in(tmp_path):
+    """A GPU gets all else of a checkpoint; what is mapped keeps its place on the disk."""
+
+    def fresh():
+        weight = torch.nn.Parameter(torch.ones(7))
+        return weight, build_optimizer(OptimizerSettings("adamw", 0.5), [[weight]])
+
+    weight, optimizer = fresh()
+    weight.grad = torch.ones(7)
+    optimizer.step()
+    torch.save(optimizer_state(optimizer), tmp_path / "state.pt")
+    _, resumed = fresh()
+    state = torch.load(tmp_path / "state.pt", weights_only=True, mmap=True)
+    load_optimizer_state(resumed, state)
+    steps = [values["step"] for values in resumed.state.values()]
+    del resumed, state
+    gc.collect()
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert [step.item() for step in steps] == [1.0]

@@ -1,11 +1,26 @@
 """The folder of weights: a result takes its name, and no other is lost for it."""
 
 import os
+import sys
+from dataclasses import replace
 
+import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from audiocraft.assets.store import BUNDLED
+from audiocraft.data.dataset import Prepared, save_prepared
+from audiocraft.data.report import DatasetReport
+from audiocraft.errors import TrainingError
+from audiocraft.models.finetunes import read_finetune
+from audiocraft.solvers import result
+from audiocraft.solvers.checkpoints import save_checkpoint
+from audiocraft.solvers.job import Place, TrainingJob, write_job
+from audiocraft.solvers.plan import Plan
+from audiocraft.solvers.prepare import DATASET_FILE
 from audiocraft.solvers.result import SAMPLE_FILES, WEIGHTS_FILE, read_metadata, set_aside
+from audiocraft.solvers.state import RunState
 
 MOMENT = 1_700_000_000
 
@@ -62,3 +77,42 @@ def test_files_that_are_not_ours(tmp_path):
     put(tmp_path)
     set_aside(tmp_path, "one")
     assert len(names(tmp_path)) == 5
+
+
+def test_a_disk_that_gets_full(tmp_path, monkeypatch):
+    work, weights = tmp_path / "work", tmp_path / "weights"
+    work.mkdir()
+    weights.mkdir()
+    places = {name: str(tmp_path) for name in ("dataset", "source", "data", "unpacked")}
+    place = Place(**places, weights=str(weights), device="cpu", processes=1, plan=Plan())
+    write_job(work, TrainingJob("tiny"), place)
+    save_prepared(work / DATASET_FILE, Prepared((), DatasetReport("music", "key", (), (), ()), {}))
+    state = RunState(
+        updates=1,
+        updates_per_epoch=1,
+        clips=1,
+        songs=1,
+        held_out=0,
+        held_out_clips=0,
+        ranks=1,
+        sharded=False,
+        base_sha256="ab",
+        update=1,
+        exported=1,
+    )
+    save_checkpoint(work, 1, None, state.notes())
+    tuned = replace(read_finetune(BUNDLED / "tiny/state_dict.safetensors"), base_sha256="ab")
+
+    def full(*_arguments, **_options):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(sys, "argv", ["result", str(work)])
+    monkeypatch.setattr(result, "log_to_stdout", lambda: None)
+    monkeypatch.setattr(result, "read_finetune", lambda _: tuned)
+    monkeypatch.setattr(result, "save_finetune", full)
+    with pytest.raises(TrainingError) as caught:
+        result.main()
+    assert str(caught.value) == (
+        f"The disk of {weights} is full before the result of this training is written: free some "
+        "of it and start the training again, which goes on from there."
+    )

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from audiocraft.assets.tensors import read_safetensors
 from audiocraft.errors import TrainingError
@@ -430,6 +431,19 @@ def test_what_is_exported_and_in_no_checkpoint_is_named_as_well(tmp_path, large,
         "weights-4.safetensors."
     )
     assert large == [("export", 4, [])]
+
+
+def test_a_disk_that_gets_full(tmp_path, monkeypatch):
+    def full(*_arguments, **_options):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(rounds, "save_finetune", full)
+    with pytest.raises(TrainingError) as caught:
+        run(tmp_path)
+    assert str(caught.value) == (
+        f"The disk of {tmp_path} is full before the export of update 20 is written: free some of "
+        "it and start the training again, which goes on from there."
+    )
 
 
 def test_a_process_alone_has_its_say():

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import threading
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -222,6 +223,24 @@ def test_a_folder_that_takes_no_result(tmp_path):
 
 
 @pytest.mark.usefixtures("no_store")
+@pytest.mark.parametrize(
+    ("name", "what"), [("runs", "This training"), ("weights", "The result of this training")]
+)
+def test_a_folder_that_may_not_be_written_to(name, what, tmp_path):
+    """It is refused by a description as well."""
+    (tmp_path / name).touch()
+    sentence = (
+        f"{what} cannot be written to {tmp_path / name} (Not a directory): have a folder there "
+        "that may be written to."
+    )
+    assert refused(SHORT, tmp_path, AssetError) == sentence
+    places = {"runs": tmp_path / "runs", "weights": tmp_path / "weights"}
+    with pytest.raises(AssetError) as caught:
+        describe_run(SHORT, SONG, **places, log=lambda _: None)
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.usefixtures("no_store")
 def test_the_disk_is_checked_before_anything_is_unpacked_or_fetched(tmp_path, monkeypatch):
     """And by a description as well; the store is empty and stays so."""
     job = replace(SHORT, version="small", lora_rank=4)
@@ -274,6 +293,34 @@ def test_what_a_description_says(tmp_path):
     assert lines[1:-1] == text.splitlines()[1:-1]
     assert lines[-1].startswith("The training itself would take about ")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_description_opens_files_as_a_training_does(tmp_path):
+    """Whatever bytes or suffix their names have; and no pipe, where it would wait."""
+    music = make_music(tmp_path / "music", 1, descriptions=False)
+    (music / "song 0.wav").rename(music / os.fsdecode(b"caf\xe9.wav"))
+    lines = []
+    assert run._look_at(music, 30.0, lines.append) == 1
+    assert lines[-1].endswith(", 6 s of music.")
+    (tmp_path / "song.raw").write_bytes(bytes(1000))
+    assert run._look_at(tmp_path / "song.raw", 30.0, lines.append) is None
+    assert lines[-1].startswith("Dataset: 1 file, ")
+    pipe, opened = music / "pipe.wav", threading.Event()
+    os.mkfifo(pipe)
+
+    def write():
+        os.close(os.open(pipe, os.O_WRONLY))  # when somebody reads
+        opened.set()
+
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    assert run._look_at(music, 30.0, lines.append) is None
+    was_read = opened.is_set()
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    writer.join()
+    os.close(reader)
+    assert not was_read
+    assert lines[-1].endswith(", 6 s of music and 1 not looked into.")
 
 
 # Whole trainings
@@ -410,7 +457,7 @@ def test_a_training_that_has_ended(trained, place):
 
 
 @pytest.mark.slow
-def test_a_fresh_one_begins_again(trained, place):
+def test_a_fresh_one_begins_again(trained, place, monkeypatch):
     """And comes to the same; other settings have a folder of their own, and keep the result."""
     weights, text = trained
     content = content_of(weights)
@@ -419,6 +466,7 @@ def test_a_fresh_one_begins_again(trained, place):
     assert "update 1/6: " in said
     assert_equal(content_of(weights), content)
     before = set(weights.parent.glob("trained_model.2*"))
+    disk(monkeypatch, training_need(SHORT))  # and nothing for the music, which is there
     _, said = train(replace(SHORT, epochs=1), place / "music", place)
     assert work_of(said) != work_of(text)
     assert "encoding" not in said  # what was computed once

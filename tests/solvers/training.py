@@ -121,11 +121,21 @@ class Case:
 def train(case, folder):
     """What a training says: losses, evaluations, the exported state and the last weights."""
     trainer, data = case.trainer(), clips(num_codebooks=CODEBOOKS[case.kind])
-    losses = []
+    losses, beside, came = [], [], set()
+
+    def watch():
+        """Take note of where gradients come in under DDP."""
+        for weight in trainer._weights.values() if trainer._replicated else ():
+            weight.register_post_accumulate_grad_hook(lambda it: came.add(it.grad.data_ptr()))
 
     def note(update):
         losses.append((float(update.loss.total), update.grad_norm))
+        if came:  # where they are now is in buckets
+            weights = trainer._weights.values()
+            beside.append(len(came - {weight.grad.data_ptr() for weight in weights}))
+            came.clear()
 
+    watch()
     if case.resumed:
         trainer.train(data, note, case.resumed)
         save_checkpoint(
@@ -139,6 +149,7 @@ def train(case, folder):
         )
         trainer = case.trainer()
         trainer.load_state_dict(load_state(find_checkpoint(folder), trainer.rank))
+        watch()
     trainer.train(data, note)
     # An odd number of clips: one process has one less.
     evaluated = trainer.evaluate(data[:7], averaged=False)
@@ -146,6 +157,7 @@ def train(case, folder):
     again = trainer.evaluate(data[:1], averaged=False)  # of which one process has none
     return {
         "losses": losses,
+        "beside": beside,
         "evaluated": evaluated.sums.tolist() + averaged.sums.tolist() + again.sums.tolist(),
         "counts": evaluated.counts.tolist(),
         "exported": trainer.exported_state(),

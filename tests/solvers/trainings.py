@@ -11,7 +11,7 @@ from pathlib import Path
 
 import soundfile
 
-from audiocraft.assets.download import SPARE
+from audiocraft.assets.parts import SPARE
 from audiocraft.solvers.job import TrainingJob
 from audiocraft.solvers.run import run_job
 
