@@ -65,3 +65,13 @@ class UnreachableError(DownloadError):
 
 class TrainingError(AudiocraftError):
     """A training has failed, or one of its processes."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it is what torch, CUDA or its libraries say of memory, or Python of its own."""
+    # By its name, for importing torch takes seconds.
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return True
+    # CUDA's own modules, and cuBLAS and cuDNN, allocate beside torch; a CPU's allocator is named.
+    words = ("out of memory", "ALLOC_FAILED", "DefaultCPUAllocator")
+    return any(word in str(error) for word in words)

@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
+from audiocraft.data import audio_utils
 from audiocraft.data.audio_utils import convert_audio, normalize_audio
 from audiocraft.data.codes import encode_chunk
 from audiocraft.generation.engine import Guidance
@@ -317,7 +318,7 @@ def test_the_codec_is_exact_while_it_works():
 
     before = settings()
     with on_gpu():
-        with encodec._exact():
+        with encodec.exact():
             assert settings() == ("ieee", "ieee", True)
         assert settings() == before
 
@@ -423,6 +424,27 @@ def test_diffusion_works_on_the_gpu(diffusion, bottleneck, stereo):
         for place in PLACES:
             again = mbd.regenerate(silence(1, 1, 4800, place=place), 48000, seed=1)
             assert (again.shape, places(again)) == ((1, ours.channels, 4800), {CUDA})
+
+
+def test_what_the_codec_hears_is_resampled_exactly(loaded, diffusion, monkeypatch):
+    """A recording on the GPU, so that its codes are those that a CPU finds."""
+    lm, own = loaded("mono")
+    bands, networks = diffusion("transformer")
+    other = codec()
+    resample, precisions = audio_utils._resample, []
+
+    def noted(wav, source, target):
+        precisions.append(torch.backends.cudnn.conv.fp32_precision)
+        return resample(wav, source, target)
+
+    monkeypatch.setattr(audio_utils, "_resample", noted)
+    with on_gpu(lm, own, other, *networks):
+        ours = music(lm, own)
+        ours.set_generation_params(duration=0.1)
+        ours.generate_continuation(silence(1, 1, 1764), 44100)
+        encode_chunk(other, silence(1, 4410), 44100, 0.2)
+        MultiBandDiffusion(bands, other).regenerate(silence(1, 1, 4800), 48000, seed=1)
+    assert precisions == ["ieee"] * 4
 
 
 @pytest.mark.parametrize("place", PLACES)

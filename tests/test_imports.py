@@ -48,6 +48,7 @@ ROOMS = {
         "assets",
         "models",
         "modules",
+        "generation",
         "data",
         "solvers",
         "utils",

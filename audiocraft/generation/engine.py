@@ -5,6 +5,7 @@ Golden test: `generate_greedy`.
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -116,24 +117,24 @@ def generate_codes(
     branches = guidance.num_branches
     start = pattern.get_first_step_with_timesteps(prompt_len)
     progress = _Progress(sequence.device, steps - start, callback)
-    decoder = fused_decoder(model, states, branches, steps, params, rows)
     previous = 0
-    for step in range(start, steps):
-        # Prefill is everything before the first unknown step; after it one step at a time.
-        if decoder is None or step == start:
-            inputs = sequence[..., previous:step].repeat(branches // len(states), 1, 1)
-            logits = torch.cat([model.advance(state, inputs) for state in states])
-            token = sample_next(guidance.combine(logits), params, noise)
-            sequence[..., step] = torch.where(is_unknown[..., step], token, sequence[..., step])
-            previous = step
-        else:
-            if step == start + 1:
-                coefs = guidance.coef or 0.0, guidance.beta or 0.0
-                decoder.begin(states, sequence, step, coefs, params)
-            decoder.step(noise)
-        progress.queued(step - start + 1)
-    if decoder is not None and steps > start + 1:
-        sequence = decoder.tokens(steps)
+    with fused_decoder(model, states, branches, steps, params, rows) or nullcontext() as decoder:
+        for step in range(start, steps):
+            # Prefill is everything before the first unknown step; after it one step at a time.
+            if decoder is None or step == start:
+                inputs = sequence[..., previous:step].repeat(branches // len(states), 1, 1)
+                logits = torch.cat([model.advance(state, inputs) for state in states])
+                token = sample_next(guidance.combine(logits), params, noise)
+                sequence[..., step] = torch.where(is_unknown[..., step], token, sequence[..., step])
+                previous = step
+            else:
+                if step == start + 1:
+                    coefs = guidance.coef or 0.0, guidance.beta or 0.0
+                    decoder.begin(states, sequence, step, coefs, params)
+                decoder.step(noise)
+            progress.queued(step - start + 1)
+        if decoder is not None and steps > start + 1:
+            sequence = decoder.tokens(steps)
     generated, _, _ = pattern.revert_pattern_sequence(sequence, special_token=unknown)
     return generated
 

@@ -1,7 +1,8 @@
 """Decoding steps on a GPU by a few kernels each, all of them in one CUDA graph.
 
 A graph replays kernels on the memory that they were recorded with, so buffers and graphs stay from
-one request to the next. Those of the last size are kept; they go with the model's weights.
+one request to the next. Those of the last size are kept; they go with the model's weights. While
+a request uses them, another that comes meanwhile makes its own.
 """
 
 import gc
@@ -14,12 +15,15 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from subprocess import CalledProcessError
-from typing import TYPE_CHECKING, Final, Protocol
+from threading import Lock
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from audiocraft.errors import is_out_of_memory
 from audiocraft.generation.sampling import RowNoise, SamplingParams
 from audiocraft.generation.weights import Weights, collect
 from audiocraft.modules.transformer import KVCache, Memory, Norm, Transformer
@@ -90,24 +94,40 @@ class _Process:
     """What this process remembers from one request to the next.
 
     Attributes:
-        kept: of the last request.
+        kept: of the last request; None while one uses it.
         failure: why the kernels do not run here, once they have failed.
         warned: whether that they are not used has been said.
+        lock: held while a request is made ready; torch records one graph at a time.
     """
 
     kept: _Kept | None = None
     failure: str | None = None
     warned: bool = False
+    lock: Lock = field(default_factory=Lock)
 
     def forget(self, owner: weakref.ref[nn.Module]) -> None:
         """Let go of what belongs to a model that is no more."""
-        if self.kept is not None and self.kept.owner is owner:
+        kept = self.kept
+        if kept is not None and kept.owner is owner:
             self.kept = None
 
 
 @cache
 def _process() -> _Process:
     return _Process()
+
+
+def release() -> None:
+    """Free the buffers and graphs that are kept for requests to come, not those in use."""
+    _process().kept = None
+
+
+def kept_bytes(model: Model) -> int:
+    """Bytes of keys and values that are kept for a model's requests to come."""
+    kept = _process().kept
+    if kept is None or kept.owner() is not model.out_norm:
+        return 0
+    return kept.buffers.keys.nbytes + kept.buffers.values.nbytes
 
 
 def graphs_wanted() -> bool:
@@ -124,6 +144,8 @@ def fused_decoder(
     batch: int,
 ) -> "FusedDecoder | None":
     """A decoder for a request, or None where the device or the model is not one for the kernels.
+
+    The decoder is a context manager; behind it later requests take its buffers and graphs.
 
     On a GPU one warning says why not. Under Triton's interpreter (`TRITON_INTERPRET=1`) the kernels
     run on the CPU as well, slowly.
@@ -147,14 +169,11 @@ def fused_decoder(
     reason = process.failure or _unsupported(model, device)
     if reason is None:
         try:
-            with _on(device):
+            with process.lock, _on(device):
                 return _prepare(process, model, states, branches, steps, params, batch)
-        except torch.OutOfMemoryError:
-            process.kept = None
-            raise
         except Exception as error:  # whatever it is, the request does without
             process.kept = None
-            if "out of memory" in str(error):  # of what CUDA or Triton asks for beside torch
+            if is_out_of_memory(error):  # of what CUDA or Triton asks for beside torch
                 raise torch.OutOfMemoryError(str(error)) from error
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             if isinstance(error, CalledProcessError) or "C compiler" in reason:
@@ -229,22 +248,24 @@ def _prepare(
     memories = [state.memory[0][0].shape[2] for state in states if state.memory is not None]
     positions = max(state.positions for state in states)
     size = Size(batch, branches, steps, positions, max(memories, default=0))
-    kept = process.kept
-    if kept is None or kept.addresses != addresses or not kept.size.covers(size):
-        kept = process.kept = None  # so that its memory is free for what takes its place
-        size = size.rounded()
-        owner = weakref.ref[nn.Module](model.out_norm, process.forget)
-        with torch.inference_mode(False):  # later requests may come outside of it
-            buffers = allocate(weights, size, device)
-        kept = process.kept = _Kept(owner, addresses, size, buffers)
     choice: Choice = "top_k"
     if params.greedy:
         choice = "greedy"
     elif params.top_p > 0:
         choice = "top_p"
-    lacks_graph = graphs_wanted() and kept.graphs.get(choice) is None
-    if device.type == "cuda" and (lacks_graph or choice not in kept.graphs):
-        kept.graphs[choice] = _make_ready(weights, kept.buffers, choice)
+    kept, process.kept = process.kept, None
+    if kept is not None and (kept.addresses != addresses or not kept.size.covers(size)):
+        kept = None  # so that its memory is free for what takes its place
+    # Later requests may come outside of it; they share the buffers, and the seeds that torch keeps
+    # with its first graph.
+    with torch.inference_mode(False):
+        if kept is None:
+            size = size.rounded()
+            owner = weakref.ref[nn.Module](model.out_norm, process.forget)
+            kept = _Kept(owner, addresses, size, allocate(weights, size, device))
+        lacks_graph = graphs_wanted() and kept.graphs.get(choice) is None
+        if device.type == "cuda" and (lacks_graph or choice not in kept.graphs):
+            kept.graphs[choice] = _make_ready(weights, kept.buffers, choice)
     decoder = FusedDecoder(weights, kept, choice)
     decoder.lend_caches(states)
     return decoder
@@ -269,7 +290,8 @@ def _make_ready(
     graph = None
     if graphs_wanted():
         graph = torch.cuda.CUDAGraph()
-        # Of this thread alone: what others ask of the GPU meanwhile does no harm.
+        # Of this thread alone: others may use the GPU meanwhile, but torch refuses them numbers of
+        # its default generator, which takes part in every recording.
         # On a stream of its device: torch has one for all, on the device that was first. Where a
         # recording fails, torch leaves its stream the current one.
         with (
@@ -305,16 +327,31 @@ class FusedDecoder:
 
     Args:
         weights: of the language model; held no longer than the request.
-        kept: buffers and graphs.
+        kept: buffers and graphs, of this request alone until the `with` block ends.
         choice: how tokens are chosen.
     """
 
     def __init__(self, weights: Weights, kept: _Kept, choice: "Choice") -> None:
         self._weights = weights
+        self._kept = kept
         self._buffers = kept.buffers
         self._graph = kept.graphs.get(choice) if graphs_wanted() else None
         self._choice = choice
         self._device = self._buffers.x.device
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Leave buffers and graphs to later requests, also where this one was cancelled."""
+        if self._device.type == "cuda":  # the next may be on another stream
+            torch.cuda.current_stream(self._device).synchronize()
+        _process().kept = self._kept
 
     def lend_caches(self, states: Sequence[State]) -> None:
         """Let the prefill of decoding states write where the steps will read.

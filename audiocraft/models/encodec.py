@@ -38,7 +38,7 @@ _QUIET_DECODING_S = 5.0
 
 
 @contextmanager
-def _exact() -> "Iterator[None]":
+def exact() -> "Iterator[None]":
     """Convolutions and LSTMs in float32 on a GPU as well, where cuDNN would round to 10 bits.
 
     Pieces of a clip would not fit each other else, nor its codes those that a CPU finds. The
@@ -195,7 +195,7 @@ class EncodecModel(CompressionModel):
             )
         self.quantizer.n_q = n
 
-    @_exact()
+    @exact()
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Codes [B, K, frames] and scale [B, 1] (if it renormalises) of audio [B, C, T]."""
         self._check(x)
@@ -210,7 +210,7 @@ class EncodecModel(CompressionModel):
         for latent in self.encoder.pieces(x):
             yield self.quantizer.encode(latent)
 
-    @_exact()
+    @exact()
     def decode(self, codes: Tensor, scale: Tensor | None = None) -> Tensor:
         """Audio [B, C, frames * hop] of codes and scale; not trimmed."""
         rows, _, frames = codes.shape
@@ -278,7 +278,7 @@ class EncodecStreamingDecoder(StreamingDecoder):
     end: Tensor | None = None
 
     @torch.no_grad()
-    @_exact()
+    @exact()
     def push(self, codes: Tensor, last: bool = False) -> Tensor:
         """Take the next codes [B, K, frames] and give all audio that is final."""
         self.end = codes[..., :0]

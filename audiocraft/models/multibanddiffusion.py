@@ -17,8 +17,12 @@ from torch import Tensor
 
 from audiocraft.assets.store import PARTS, command, fetch
 from audiocraft.data.audio_utils import convert_audio
-from audiocraft.errors import InputError, TooLargeError, WeightsError
-from audiocraft.models.encodec import CompressionModel, InterleaveStereoCompressionModel
+from audiocraft.errors import InputError, TooLargeError, WeightsError, is_out_of_memory
+from audiocraft.models.encodec import (
+    CompressionModel,
+    InterleaveStereoCompressionModel,
+    exact,
+)
 from audiocraft.models.loaders import (
     assign_state,
     load_compression_model,
@@ -213,11 +217,14 @@ class MultiBandDiffusion:
             TooLargeError: the memory does not suffice.
         """
         codec = self.codec_model
-        wav = convert_audio(wav, sample_rate, codec.sample_rate, codec.channels).to(self.device)
+        with exact():
+            wav = convert_audio(wav, sample_rate, codec.sample_rate, codec.channels)
+        wav = wav.to(self.device)
         codes, _ = codec.encode(wav)
         with self._explained(codes.shape[-1]):
             heard = self._generate(self._latents(codes), wav.shape[-1], seed, progress)
-            return convert_audio(heard, codec.sample_rate, sample_rate, codec.channels)
+            with exact():
+                return convert_audio(heard, codec.sample_rate, sample_rate, codec.channels)
 
     @torch.no_grad()
     def generate(
@@ -325,7 +332,7 @@ class MultiBandDiffusion:
         try:
             yield
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise self._too_large(frames) from error
 
@@ -355,11 +362,6 @@ class MultiBandDiffusion:
 def _check_bands(count: int) -> None:
     if count < _FEWEST_BANDS:
         raise InputError(f"n_bands is {count}, it must be {_FEWEST_BANDS} or more.")
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether it is what torch says of a GPU's memory, or of a CPU's."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 class _Noise:
@@ -422,7 +424,7 @@ def _is_diffusion(path: Path, remedy: str) -> Iterator[None]:
         TypeError,
         ValueError,
     ) as error:
-        if isinstance(error, RuntimeError) and _is_out_of_memory(error):
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         if isinstance(error, WeightsError):  # whose remedy is one for MusicGen's own files

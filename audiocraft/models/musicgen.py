@@ -23,7 +23,7 @@ from audiocraft.generation.windows import (
     plan_windows,
 )
 from audiocraft.models.builders import get_debug_compression_model, get_debug_lm_model
-from audiocraft.models.encodec import CompressionModel
+from audiocraft.models.encodec import CompressionModel, exact
 from audiocraft.models.finetunes import load_any
 from audiocraft.models.lm import LMModel
 from audiocraft.modules.conditioners import ConditioningAttributes, WavCondition
@@ -232,7 +232,7 @@ class MusicGen:
 
         Args:
             descriptions: one for each item.
-            melody_wavs: [B, C, T], [C, T], or a list of [C, T] or None.
+            melody_wavs: [B, C, T], [C, T], or a list of [C, T] or None; T = 0 is none too.
             melody_sample_rate: Hz of the melodies.
             progress: show a progress bar, where no callback is set.
             return_tokens: return the codes too.
@@ -285,6 +285,7 @@ class MusicGen:
         with torch.no_grad():
             return self.compression_model.decode(gen_tokens, None)
 
+    @exact()
     def _convert(self, wav: Tensor, sample_rate: int) -> Tensor:
         wav = convert_audio(wav, sample_rate, self.sample_rate, self.audio_channels)
         return wav.to(self.device, torch.float32)
@@ -346,7 +347,7 @@ class MusicGen:
         """Conditions of one window; a long piece hears its melodies from where it is, looped."""
         attributes = [ConditioningAttributes(text={"description": text}) for text in descriptions]
         for item, melody in zip(attributes, melodies or [None] * len(attributes), strict=True):
-            if melody is None:
+            if melody is None or not melody.shape[-1]:
                 continue
             wav = melody
             if self.duration > self.max_duration:

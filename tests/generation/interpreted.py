@@ -56,6 +56,7 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(fused, "_process", lambda: process)
     yield process
     assert process.failure is None
+    assert not process.warned
 
 
 def items_of(kind, rows):
@@ -330,6 +331,49 @@ def test_other_weights_are_noticed(interpreted, monkeypatch):
     layer.weight = nn.Parameter(layer.weight.flip(0))
     assert torch.equal(generate(), without_kernels(monkeypatch, generate))
     assert interpreted.kept is not kept
+
+
+def short_codes(model, seed, callback=None):
+    """Of a request of five steps, all but the first of which are the kernels'."""
+    items, noise = items_of("mono", 1), RowNoise(seed, 1, CPU)
+    return model.generate(
+        conditions=items, max_gen_len=2, cfg_coef=1.0, noise=noise, callback=callback
+    )
+
+
+def test_a_request_within_another_changes_nothing():
+    """Such as one that comes from a progress callback, or from another thread."""
+    model, within = lm(STATES["mono"]), []
+
+    def callback(done, _):
+        if done == 3:
+            within.append(short_codes(model, 2))
+
+    alone = short_codes(model, 1)
+    assert torch.equal(short_codes(model, 1, callback), alone)
+    assert not torch.equal(within[0], alone)
+
+
+class Cancelled(BaseException):
+    pass
+
+
+def test_a_cancelled_request_leaves_its_buffers_to_the_next(interpreted):
+    model, seen = lm(STATES["mono"]), []
+
+    def cancel(done, _):
+        if done == 3:
+            seen.append(interpreted.kept)
+            raise Cancelled
+
+    first = short_codes(model, 1)
+    kept = interpreted.kept
+    with pytest.raises(Cancelled):
+        short_codes(model, 2, cancel)
+    assert seen == [None]
+    assert interpreted.kept is kept
+    assert torch.equal(short_codes(model, 1), first)
+    assert interpreted.kept is kept
 
 
 def test_buffers_go_with_the_model(interpreted):

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -276,6 +277,41 @@ def test_graphs_are_made_once(caplog):
         assert sum("Made the GPU ready" in record.message for record in caplog.records) == 1
         generate(model, 45, top_p=0.5)
         assert sum("Made the GPU ready" in record.message for record in caplog.records) == 2
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_graph_of_inference_mode_and_one_of_outside(inside, process):
+    """Torch keeps tensors from the first recording, which the others write."""
+    model, codes = wide(), []
+    for mode, settings in [(inside, {"top_k": 9}), (not inside, {"top_p": 0.9})] * 2:
+        with torch.inference_mode(mode):
+            codes.append(generate(model, 30, **settings))
+    assert set(process.kept.graphs) == {"top_k", "top_p"}
+    assert torch.equal(codes[0], codes[2])
+    assert torch.equal(codes[1], codes[3])
+    assert torch.rand(1, device="cuda") < 1
+
+
+def test_requests_at_the_same_time_change_nothing():
+    """Of threads, on streams of their own, and of one that comes from a callback."""
+    model = wide(dtype=torch.float32)
+    alone = [generate(model, 200, seed=seed) for seed in range(4)]
+
+    def in_thread(seed):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            return generate(model, 200, seed=seed).cpu()
+
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(in_thread, range(4)))
+    assert all(torch.equal(ours, codes.cpu()) for ours, codes in zip(together, alone, strict=True))
+    within = []
+
+    def callback(done, _):
+        if done == 40:
+            within.append(generate(model, 200, seed=1))
+
+    assert torch.equal(generate(model, 200, seed=0, callback=callback), alone[0])
+    assert torch.equal(within[0], alone[1])
 
 
 def test_other_weights_are_noticed(monkeypatch):

@@ -108,8 +108,10 @@ def test_windows_decoded_one_by_one_sound_the_same(long_tiny, monkeypatch, secon
     assert torch.equal(audio, behind)
 
 
-def test_only_several_windows_on_a_gpu_are_decoded_behind(long_tiny):
-    assert long_tiny._decodes_behind() == (long_tiny.device.type == "cuda")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_only_several_windows_on_a_gpu_are_decoded_behind(long_tiny, device):
+    long_tiny.device = torch.device(device)
+    assert long_tiny._decodes_behind() == (device == "cuda")
     long_tiny.duration = 2
     assert not long_tiny._decodes_behind()
 

@@ -66,7 +66,8 @@ def test_tokens(release, case):
     else:
         wav, tokens = model.generate(DESCRIPTIONS[: info["shape"][0]], return_tokens=True)
     assert torch.equal(tokens, golden[case])
-    assert list(wav.shape) == info.get("wav_shape", list(wav.shape))
+    whole = [info["shape"][0], 2 if "stereo" in kind else 1, round(32000 * info["duration"])]
+    assert list(wav.shape) == info.get("wav_shape", whole)
     if f"{case}_wav" in golden:
         head = golden[f"{case}_wav"]
         torch.testing.assert_close(wav[..., : head.shape[-1]], head, rtol=0, atol=1e-5)
@@ -236,6 +237,18 @@ def test_melodies_have_two_dimensions(tiny):
         tiny.generate_with_chroma(["a"], [torch.zeros(100)], 32000)
     with pytest.raises(InputError, match=r"each of melody_wavs has the shape \[1, 1, 100\]"):
         tiny.generate_with_chroma(["a"], [torch.zeros(1, 1, 100)], 32000)
+
+
+@pytest.mark.parametrize("duration", [0.3, 0.8])
+def test_a_melody_without_samples_is_none(tiny, monkeypatch, duration):
+    """Within the context and beyond it, where melodies are looped."""
+    monkeypatch.setattr(tiny, "max_duration", 0.5)
+    tiny.set_generation_params(duration=duration, seed=0)
+    codes = [
+        tiny.generate_with_chroma(["a"], [melody], 32000, return_tokens=True)[1]
+        for melody in (None, torch.zeros(1, 0))
+    ]
+    assert torch.equal(codes[0], codes[1])
 
 
 def test_melodies_and_descriptions_must_be_as_many(tiny):
