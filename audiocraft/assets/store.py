@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from audiocraft.assets.remote import Digest, Remote, show_url
-from audiocraft.errors import AssetError, DownloadError, UnreachableError
+from audiocraft.errors import AssetError, DownloadError, InputError, UnreachableError
 
 if TYPE_CHECKING:
     from audiocraft.assets.exchange import Answer
@@ -65,12 +65,29 @@ def store_dir() -> Path:
     """The store: `$AUDIOCRAFT_CACHE_DIR`, else `models` in the project's folder.
 
     Where there is no such folder, it is `~/.cache/audiocraft`.
+
+    Raises:
+        InputError: see `store_path`.
     """
     given = os.environ.get("AUDIOCRAFT_CACHE_DIR")
     if given:
-        return Path(given).expanduser()
+        return store_path(given)
     project = project_dir()
     return project / "models" if project else Path.home() / ".cache" / "audiocraft"
+
+
+def store_path(given: str) -> Path:
+    """The folder that `AUDIOCRAFT_CACHE_DIR` names, which may begin with a home.
+
+    Raises:
+        InputError: with that of nobody.
+    """
+    try:
+        return Path(given).expanduser()
+    except RuntimeError as error:
+        raise InputError(
+            f"AUDIOCRAFT_CACHE_DIR is {given!r}, and there is no such home: give a whole path."
+        ) from error
 
 
 def fetch(repo_id: str, filename: str) -> Path:

@@ -16,6 +16,7 @@ from audiocraft.serving.interface import Json
 _INT64: Final = (-(2**63), 2**63 - 1)
 _FLOAT: Final = (-sys.float_info.max, sys.float_info.max)
 _URL: Final = re.compile(r"(https?://|data:)", re.IGNORECASE)
+_NO_UTF8: Final = re.compile(r"[\ud800-\udfff]")  # as Python has a byte that is none
 _TYPE_WORDS: Final = {
     "integer": "a whole number",
     "number": "a number",
@@ -299,6 +300,8 @@ def _check_value(name: str, value: Any, prop: Json) -> list[str]:
     wanted = None
     if value is None:
         return [f"{name} must not be null; leave it out instead."]
+    if isinstance(value, str) and _NO_UTF8.search(value):
+        return [f"{name} holds bytes that are not UTF-8; rename the file, or type the text anew."]
     if "enum" in prop:
         if not _has_type(value, kind) or value not in prop["enum"]:
             wanted = f"one of {', '.join(map(str, prop['enum']))}"

@@ -17,10 +17,14 @@ from audiocraft.errors import AudiocraftError, InputError
 from audiocraft.serving import outputs
 from audiocraft.serving.arguments import parse_environment, parse_inputs, parse_json
 from audiocraft.serving.command import Parser, run, say, write_line
-from audiocraft.serving.device import DeviceCheck
 from audiocraft.serving.interface import Json
 from audiocraft.serving.schema import input_schema, write_schema
-from audiocraft.serving.server import CogServer, plain_message, with_absolute_paths
+from audiocraft.serving.server import (
+    CogServer,
+    absolute_weights,
+    plain_message,
+    with_absolute_paths,
+)
 
 PROJECT: Final = Path(__file__).resolve().parents[2]
 _TYPE_NAMES: Final = {
@@ -59,13 +63,12 @@ def _predict(flags: Sequence[str], project: Path) -> None:
     environment = parse_environment(arguments.env)
     target = outputs.find_target(arguments.output, as_response=arguments.json is not None)
     inputs = _inputs(arguments, schema, target, folders=False)
+    if inputs.get("replicate_weights"):  # a text, which may be a path without its @
+        inputs["replicate_weights"] = absolute_weights(inputs["replicate_weights"])
     server = CogServer(
         project, log=say, setup_timeout=arguments.setup_timeout, environment=environment
     )
-    with DeviceCheck(environment) as device, server:
-        warning = device.warning()
-        if warning is not None:
-            say(warning)
+    with server:
         answer = server.ask(inputs)
     _deliver(answer, target)
 
@@ -156,6 +159,8 @@ def _describe_training(
             "--dry-run looks into the dataset, so it must be on this machine: give its path "
             "instead of a URL."
         )
+    # First: some are read when what works with them is imported.
+    os.environ.update(with_absolute_paths({**os.environ, "ALLOW_LOCAL_FILES": "1", **environment}))
     from audiocraft.serving.training import TrainingRequest, describe, vocabularies_of
 
     types = {"integer": int, "number": float}  # as `train.py` has them
@@ -164,7 +169,6 @@ def _describe_training(
         for name, value in inputs.items()
     }
     request = TrainingRequest(**given | {"dataset_path": Path(inputs["dataset_path"])})
-    os.environ.update(with_absolute_paths({**os.environ, "ALLOW_LOCAL_FILES": "1", **environment}))
     with contextlib.chdir(project):
         describe(request, vocabularies_of(runpy.run_path("metadata.py")))
 

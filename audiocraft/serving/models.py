@@ -5,6 +5,7 @@ import gc
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from audiocraft.assets.store import PARTS, fetch, find_folder
-from audiocraft.errors import InputError
+from audiocraft.errors import InputError, is_out_of_memory
+from audiocraft.generation import fused
 from audiocraft.models.finetunes import (
     FineTune,
     check_base,
@@ -145,7 +147,8 @@ class ModelCache:
         model = self._models.pop(selection.key, None)
         if model is None:
             begin = time.perf_counter()
-            model = self._load(selection)
+            with self._loading(selection.label, selection.smaller):
+                model = self._load(selection)
             elapsed = time.perf_counter() - begin
             logger.info(
                 "Loaded %s, %s on %s, in %.1f s.",
@@ -176,10 +179,10 @@ class ModelCache:
                 )
             path = fetch(repo_id, filename)  # of float32
             halved = self.device.type != "cpu"
-            self._require(
-                "multi_band_diffusion", _size(path) >> halved, "switch it off", keep=model
-            )
-            self._bands = load_diffusion_models(device=self.device)
+            label, remedy = "multi_band_diffusion", "switch it off"
+            self._require(label, _size(path) >> halved, remedy, keep=model)
+            with self._loading(label, remedy):
+                self._bands = load_diffusion_models(device=self.device)
         return MultiBandDiffusion(self._bands, model.compression_model)
 
     def make_room(
@@ -206,7 +209,7 @@ class ModelCache:
         cache = 2 * config.num_layers * 2 * steps * config.dim * item  # guidance has two rows
         audio = 4 * 4 * duration * model.sample_rate * model.audio_channels
         codec = _CODEC_WORK * sum(_bytes(model.compression_model.parameters()).values())
-        need = cache + audio + codec
+        need = max(0, cache - fused.kept_bytes(model.lm)) + audio + codec
         conditioners = model.lm.condition_provider.conditioners.values()
         if melody and any(getattr(conditioner, "separates", False) for conditioner in conditioners):
             need += _SEPARATOR_BYTES
@@ -215,7 +218,11 @@ class ModelCache:
             need += diffusion.memory(frames)
         self._evict_until(int(need), keep=model, keep_bands=diffusion is not None)
         if diffusion is not None:
-            diffusion.check_memory(frames, self._free())
+            # On a GPU the cache stays for the next request; what is there already is not free.
+            more = max(0, int(cache) - fused.kept_bytes(model.lm))
+            diffusion.check_memory(
+                frames, self._free() - (more if self.device.type == "cuda" else 0)
+            )
 
     def evict_others(self, model: MusicGen, *, keep_bands: bool = False) -> None:
         """Evict all but one model, and but the diffusion if that is kept."""
@@ -234,6 +241,18 @@ class ModelCache:
             storages |= _bytes(band.model.parameters())
         packed = sum(int8_bytes(model.lm) for model in self._models.values())
         return sum(storages.values()) + packed
+
+    @contextmanager
+    def _loading(self, label: str, remedy: str) -> Iterator[None]:
+        """Says what does not fit where memory runs out though there seemed to be enough."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise InputError(
+                f"{label} does not fit the memory of {self.device}: {remedy}, or free some."
+            ) from error
 
     def _load(self, selection: Selection) -> MusicGen:
         version, tuned = selection.version, selection.tuned
@@ -294,7 +313,12 @@ class ModelCache:
     def _evict_until(
         self, size: int, keep: MusicGen | None = None, keep_bands: bool = False
     ) -> None:
-        """Evict the diffusion and the least recently used models until there is room."""
+        """Free what waits for the next request, the diffusion and models until there is room.
+
+        The least recently used model goes first.
+        """
+        if self._free() < size:
+            fused.release()
         if self._free() < size and not keep_bands and self._bands is not None:
             self._bands = None
             self._give_back()
@@ -316,6 +340,7 @@ class ModelCache:
         return host_memory()
 
     def _give_back(self) -> None:
+        fused.release()
         gc.collect()  # modules of transformers refer to each other
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

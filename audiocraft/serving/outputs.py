@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,9 +128,10 @@ def write_files(urls: Sequence[str], target: Target, *, number: bool) -> list[Pa
         number: whether the output is a list: `take.wav` then becomes `take.0.wav`.
 
     Raises:
-        InputError: a data URL is broken, or a file cannot be written.
+        InputError: a data URL is broken, or a file cannot be written; the message then says where
+            it and those behind it were put instead.
     """
-    written = []
+    files = []
     for index, url in enumerate(urls):
         match = _DATA_URL.match(url)
         assert match is not None
@@ -141,9 +143,17 @@ def write_files(urls: Sequence[str], target: Target, *, number: bool) -> list[Pa
             raise InputError(
                 f"The content of {str(file)!r} did not arrive whole ({error}); try again."
             ) from error
-        write_file(file, content)
-        written.append(file)
-    return written
+        files.append((file, content))
+    for index, (file, content) in enumerate(files):
+        try:
+            write_file(file, content)
+        except InputError as error:
+            kept = _keep(files[index:])
+            if kept is None:
+                raise
+            text = str(error).removesuffix(".")
+            raise InputError(f"{text}, or take the result from {kept}.") from error
+    return [file for file, _ in files]
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -167,6 +177,8 @@ def put_file(path: Path, source: Path) -> None:
     """
 
     def make(file: Path) -> None:
+        if file.exists() and file.samefile(source):  # which is emptied before it would be copied
+            return
         try:
             file.hardlink_to(source)
         except OSError:  # another file system, or one without links; or there is a pipe
@@ -174,6 +186,24 @@ def put_file(path: Path, source: Path) -> None:
                 shutil.copyfileobj(content, copy, _COPIED_AT_ONCE)
 
     _put(path, make)
+
+
+def _keep(files: Sequence[tuple[Path, bytes]]) -> Path | None:
+    """Puts what could not be written into a temporary folder, which stays.
+
+    Returns:
+        The file, or the folder of several; None where there is no room for them either.
+    """
+    folder = None
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="musicgen-"))
+        for file, content in files:
+            (folder / file.name).write_bytes(content)
+    except OSError:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        return None
+    return folder / files[0][0].name if len(files) == 1 else folder
 
 
 def _put(path: Path, make: Callable[[Path], object]) -> None:

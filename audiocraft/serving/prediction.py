@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import re
 import secrets
 import tempfile
 import time
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from audiocraft.assets.finetunes import FineTuneStore, StoredFile
-from audiocraft.data.audio import audio_info, audio_read, audio_write
+from audiocraft.data.audio import LOUDEST, audio_info, audio_read, audio_write
 from audiocraft.errors import (
     AssetError,
     AudiocraftError,
@@ -26,24 +25,28 @@ from audiocraft.errors import (
     AudioFileError,
     InputError,
     TooLargeError,
+    is_out_of_memory,
 )
 from audiocraft.models.finetunes import FineTune, read_finetune
 from audiocraft.models.multibanddiffusion import MultiBandDiffusion
 from audiocraft.models.musicgen import MusicGen
 from audiocraft.models.versions import VERSIONS
 from audiocraft.progress import ProgressLog
+from audiocraft.serving.device import device_warning
 from audiocraft.serving.models import ModelCache, Selection
-from audiocraft.serving.worker import checked_path, log_to_stderr
+from audiocraft.serving.worker import checked_path, is_url, log_to_stderr, temporary_folder_needed
 
 logger = logging.getLogger(__name__)
 
 MAX_DURATION = 600
 # The text encoder's memory grows with its square: some gigabytes here, if each were a token.
 MAX_PROMPT = 5000
-_URL = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
+# Beyond, it would make infinities of the model's numbers, which end at 3e38.
+MAX_GUIDANCE = 1e30
 _SILENCE = 1e-4  # peak below -80 dBFS
-_LOUDEST = 1e3  # +60 dB: integers that were written as floating point, or damage
 _SHORTEST_CONTINUATION_S = 0.1
+_SHORTEST_PART_S = 0.02  # one frame of codes
+_SHOWN = 100  # characters of a path that may be anything
 # Of a melody the result hears no more than its own length and one context; the rest is margin for
 # the separator's segments. Separating all of a long song takes minutes without a GPU.
 _MELODY_MARGIN_S = 60
@@ -80,6 +83,10 @@ class PredictionRequest:
             raise InputError(
                 "There is nothing to make music from: give a prompt, an input_audio or both."
             )
+        if self.input_audio == Path():
+            raise InputError(
+                "input_audio is empty or a folder: give a URL or a file, or leave it out."
+            )
         # As the tokenizer sees it, in which one character may become eighteen.
         length = len(unicodedata.normalize("NFKC", self.prompt or ""))
         if length > MAX_PROMPT:
@@ -109,6 +116,11 @@ class PredictionRequest:
             raise InputError(
                 f"classifier_free_guidance is {self.classifier_free_guidance:g}, it must be 0 or "
                 "more."
+            )
+        if self.classifier_free_guidance > MAX_GUIDANCE:
+            raise InputError(
+                f"classifier_free_guidance is {self.classifier_free_guidance:g}, it may be up to "
+                f"{MAX_GUIDANCE:g}; 3 suits most music."
             )
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             raise InputError(f"seed is {self.seed}, it must be from -2^63 to 2^63 - 1.")
@@ -175,6 +187,7 @@ class PredictionService:
         self._files = FineTuneStore()
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._served: tuple[FineTune, str] | None = None
+        self._device_warning = device_warning()
         if weights:
             # The base never answers under a fine-tune's name: what cannot be served ends here.
             stored = self._find_weights(weights, "COG_WEIGHTS")
@@ -192,9 +205,23 @@ class PredictionService:
             AssetError: something cannot be fetched; likewise.
         """
         self._remove_last_result()
+        if self._device_warning is not None:
+            logger.warning("%s", self._device_warning)
         request.check()
         if not request.replicate_weights:
             request.check_for(self._select(request))
+        try:
+            with temporary_folder_needed():
+                self._folder = tempfile.TemporaryDirectory(
+                    prefix="musicgen-", ignore_cleanup_errors=True
+                )
+            return self._make(request, Path(self._folder.name))
+        except BaseException:  # refused, cancelled, or the disk is full
+            self._remove_last_result()
+            raise
+
+    def _make(self, request: PredictionRequest, folder: Path) -> PredictionResult:
+        """The music of a request, in a folder."""
         clip = None if request.input_audio is None else _read_clip(request)
         with self._selected(request) as selection:
             request.check_for(selection)
@@ -223,7 +250,7 @@ class PredictionService:
         wav = self._generate(_Job(model, request, clip, diffusion, seed), selection.smaller)
         elapsed = time.perf_counter() - begin
         logger.info("Made %d s of music in %.1f s.", request.duration, elapsed)
-        path = self._write(wav, model.sample_rate, request)
+        path = _write(folder, wav, model.sample_rate, request)
         return PredictionResult(
             path,
             {
@@ -244,12 +271,16 @@ class PredictionService:
         """
         try:
             return job.run().cpu()  # a GPU is done when its result is here
-        except (torch.OutOfMemoryError, TooLargeError):
+        except (RuntimeError, MemoryError, TooLargeError) as error:
+            if not (isinstance(error, TooLargeError) or is_out_of_memory(error)):
+                raise
             logger.warning("Out of memory: trying again with no other model loaded.")
         self._models.evict_others(job.model, keep_bands=job.diffusion is not None)
         try:
             return job.run().cpu()
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             model, seconds = job.model, job.request.duration
             raise InputError(
                 f"{seconds} s of {model.name} do not fit the memory of {model.device}: "
@@ -285,12 +316,17 @@ class PredictionService:
             source: path or URL.
             name: of the input that gave it.
         """
-        if not _URL.match(source) and name != "COG_WEIGHTS":
+        if not is_url(source) and name != "COG_WEIGHTS":
             path = checked_path(Path(source), name)
-            if not path.is_file():
+            try:
+                found = path.is_file()
+            except OSError:  # too long, or in a folder that is closed to us
+                found = False
+            if not found:
+                shown = source if len(source) <= _SHOWN else f"{source[:_SHOWN]}..."
                 raise InputError(
-                    f"{name}: there is no file {source}: give a URL or the path of a file, on the "
-                    f"command line as {name}=@{source}."
+                    f"{name}: there is no file {shown}: give a URL or the path of a file, on the "
+                    f"command line as {name}=@{shown}."
                 )
             source = str(path)
         try:
@@ -303,26 +339,6 @@ class PredictionService:
         """What the file says, and its hash."""
         shown = "" if source.startswith("data:") else f" ({PurePath(urlsplit(source).path).name})"
         return read_finetune(stored.path, name + shown), stored.sha256
-
-    def _write(self, wav: Tensor, sample_rate: int, request: PredictionRequest) -> Path:
-        if not bool(wav.isfinite().all()):
-            raise InputError(
-                "The music came out as samples that are not numbers (NaN or infinite): take "
-                "another seed or other weights."
-            )
-        self._folder = tempfile.TemporaryDirectory(prefix="musicgen-", ignore_cleanup_errors=True)
-        try:
-            return audio_write(
-                Path(self._folder.name) / f"musicgen-{secrets.token_hex(6)}",
-                wav,
-                sample_rate,
-                format=request.output_format,
-                strategy=request.normalization_strategy,
-                loudness_compressor=True,
-            )
-        except BaseException:  # cancelled, or the disk is full
-            self._remove_last_result()
-            raise
 
     def _remove_last_result(self) -> None:
         """Cog does not remove the file that it has sent."""
@@ -415,6 +431,12 @@ def _read_clip(request: PredictionRequest) -> tuple[Tensor, int]:
         raise AudioFileError(f"input_audio: {error}") from error
     if end is not None and end > length:
         raise _past_the_end("continuation_end", end, length)
+    if seconds < _SHORTEST_PART_S:
+        remedy = "an earlier continuation_start" if start else "longer audio"
+        raise InputError(
+            f"The part of input_audio that is used is shorter than {_SHORTEST_PART_S:g} s, the "
+            f"least that can be heard: give {remedy}."
+        )
     if too_much:
         raise InputError(
             f"The part of input_audio to continue has {(end or length) - start:.2f} s and duration "
@@ -422,7 +444,7 @@ def _read_clip(request: PredictionRequest) -> tuple[Tensor, int]:
             "with continuation_start and continuation_end."
         )
     peak = float(wav.abs().max())
-    if peak > _LOUDEST:
+    if peak > LOUDEST:
         raise AudioFileError(
             f"input_audio peaks at {peak:.4g}, where full scale is 1: export it again, for example "
             "as 24-bit WAV."
@@ -435,6 +457,23 @@ def _read_clip(request: PredictionRequest) -> tuple[Tensor, int]:
             )
         logger.warning("input_audio is silent in the part that is used: it gives no melody.")
     return wav, sample_rate
+
+
+def _write(folder: Path, wav: Tensor, sample_rate: int, request: PredictionRequest) -> Path:
+    """The file of a result."""
+    if not bool(wav.isfinite().all()):
+        raise InputError(
+            "The music came out as samples that are not numbers (NaN or infinite): take another "
+            "seed or other weights."
+        )
+    return audio_write(
+        folder / f"musicgen-{secrets.token_hex(6)}",
+        wav,
+        sample_rate,
+        format=request.output_format,
+        strategy=request.normalization_strategy,
+        loudness_compressor=True,
+    )
 
 
 def _past_the_end(name: str, second: int, length: float) -> InputError:

@@ -19,14 +19,15 @@ from types import TracebackType
 from typing import Final, Self
 
 from audiocraft import errors
-from audiocraft.errors import AudiocraftError, InputError
+from audiocraft.assets.store import store_path
+from audiocraft.errors import AudiocraftError
 from audiocraft.serving.interface import Json
+from audiocraft.serving.worker import is_url
 
 _HOST: Final = "127.0.0.1"
 _POLL_SECONDS: Final = 0.05
 _STOP_SECONDS: Final = 2.0
 _INTERRUPTS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_URL: Final = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 # What the model prints reaches the server's stderr only at level info, and only under these names.
 _LOG_FILTER: Final = "warn,coglet::setup=info,coglet::prediction=info,coglet::user=info"
 # Waits for the end of its input, which comes with the end of this process, and cleans up for it.
@@ -84,17 +85,21 @@ def with_absolute_paths(environment: Mapping[str, str]) -> dict[str, str]:
         InputError: a path begins with the home of nobody.
     """
     absolute = dict(environment)
-    weights, store = (absolute.get(name, "") for name in ("COG_WEIGHTS", "AUDIOCRAFT_CACHE_DIR"))
-    if not _URL.match(weights) and Path(weights).is_file():
-        absolute["COG_WEIGHTS"] = str(Path(weights).absolute())
-    if store:
-        try:
-            absolute["AUDIOCRAFT_CACHE_DIR"] = str(Path(store).expanduser().absolute())
-        except RuntimeError as error:
-            raise InputError(
-                f"AUDIOCRAFT_CACHE_DIR is {store!r}, and there is no such home: give a whole path."
-            ) from error
+    if absolute.get("COG_WEIGHTS"):
+        absolute["COG_WEIGHTS"] = absolute_weights(absolute["COG_WEIGHTS"])
+    if absolute.get("AUDIOCRAFT_CACHE_DIR"):
+        store = store_path(absolute["AUDIOCRAFT_CACHE_DIR"])
+        absolute["AUDIOCRAFT_CACHE_DIR"] = str(store.absolute())
+    for name in ("HF_HOME", "HF_HUB_CACHE"):
+        folder = absolute.get(name)
+        if folder and folder[0] not in "~$":  # which huggingface_hub replaces
+            absolute[name] = str(Path(folder).absolute())
     return absolute
+
+
+def absolute_weights(source: str) -> str:
+    """Path or URL of weights, as `with_absolute_paths` has variables."""
+    return source if is_url(source) else str(Path(source).absolute())
 
 
 class CogServer:

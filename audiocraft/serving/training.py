@@ -13,7 +13,7 @@ from audiocraft.errors import InputError
 from audiocraft.models.shapes import shape_of
 from audiocraft.models.versions import VERSIONS
 from audiocraft.serving.device import device_warning
-from audiocraft.serving.worker import checked_path, log_to_stderr
+from audiocraft.serving.worker import checked_path, local_files_allowed, log_to_stderr
 from audiocraft.solvers.job import TrainingJob
 from audiocraft.solvers.memory import find_devices
 from audiocraft.solvers.optimizers import OPTIMIZERS, OptimizerName, learning_rate
@@ -60,6 +60,11 @@ class TrainingRequest:
         Raises:
             InputError: naming the input, the limit and the remedy.
         """
+        if self.dataset_path == Path():
+            raise InputError(
+                "dataset_path is empty or the server's working folder: give a URL, or the path of "
+                "your music."
+            )
         for name, choices in (
             ("source", SOURCES),
             ("model_version", tuple(VERSIONS)),
@@ -206,6 +211,11 @@ def _dataset(given: Path) -> Path:
     name = path.name or str(path)
     try:
         if path.is_dir():
+            if not local_files_allowed():
+                raise InputError(
+                    "dataset_path is a folder of the server, which is not allowed: give a URL, or "
+                    "start the server with ALLOW_LOCAL_FILES=1."
+                )
             if not any(files for _, _, files in os.walk(path)):
                 raise InputError(
                     f"dataset_path: the folder {name} holds no files; put your music into it."

@@ -2,10 +2,21 @@
 
 import logging
 import os
+import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 from audiocraft.errors import InputError
+
+_URL: Final = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
+
+
+def is_url(source: str) -> bool:
+    """Whether a text is a URL, as Cog has it, and no path."""
+    return _URL.match(source) is not None
 
 
 def log_to_stderr() -> None:
@@ -14,6 +25,24 @@ def log_to_stderr() -> None:
     if not package.handlers:
         package.addHandler(logging.StreamHandler())
         package.setLevel(logging.INFO)
+
+
+def local_files_allowed() -> bool:
+    """Whether a request may name any path of this machine."""
+    return os.environ.get("ALLOW_LOCAL_FILES") == "1"
+
+
+@contextmanager
+def temporary_folder_needed() -> Iterator[None]:
+    """Turns what the temporary folder refuses into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        folder = "" if tempfile.tempdir is None else f" {tempfile.tempdir}"
+        raise InputError(
+            f"The temporary folder{folder} cannot be written ({error.strerror}): free some of its "
+            "disk, or set TMPDIR to another."
+        ) from error
 
 
 def checked_path(path: Path, name: str) -> Path:
@@ -29,7 +58,7 @@ def checked_path(path: Path, name: str) -> Path:
         The absolute path, links followed.
 
     Raises:
-        InputError: the path leads elsewhere, or nowhere.
+        InputError: the path leads elsewhere, or nowhere; or there is no temporary folder.
     """
     try:
         resolved = path.resolve()
@@ -38,10 +67,11 @@ def checked_path(path: Path, name: str) -> Path:
         raise InputError(
             f"{name} is no path that can be followed ({reason}); check the path."
         ) from error
-    own = (Path.cwd(), Path(tempfile.gettempdir()))
-    if os.environ.get("ALLOW_LOCAL_FILES") == "1" or any(
-        resolved.is_relative_to(folder.resolve()) for folder in own
-    ):
+    if local_files_allowed():
+        return resolved
+    with temporary_folder_needed():
+        own = (Path.cwd(), Path(tempfile.gettempdir()))
+    if any(resolved.is_relative_to(folder.resolve()) for folder in own):
         return resolved
     raise InputError(
         f"{name} is a path on the server, which is not allowed: give a URL, or start the server "

@@ -69,7 +69,8 @@ def export_release(weights: Path | str, folder: Path | str, version: str | None 
         text encoder where that carries one of its own.
 
     Raises:
-        InputError: the folder holds something or cannot be written, or the base is not known.
+        InputError: the folder holds something or cannot be written, the file cannot be read, or
+            its base is not known.
         WeightsError: the file holds no fine-tuned MusicGen, or one for another base.
         AssetError: a file of the base cannot be fetched.
     """
@@ -80,8 +81,14 @@ def export_release(weights: Path | str, folder: Path | str, version: str | None 
         above = next(path for path in out.absolute().parents if path.exists())
         tempfile.TemporaryFile(dir=above).close()  # before anything is fetched and merged
     path = Path(weights)
-    if not path.is_file():
-        raise InputError(f"There is no file {path}; give a file of fine-tuned weights.")
+    try:
+        if not path.is_file():
+            raise InputError(f"There is no file {path}; give a file of fine-tuned weights.")
+        path.open("rb").close()
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read ({error.strerror}); give a file of fine-tuned weights."
+        ) from error
     tuned = read_finetune(path)
     base = tuned.base or version
     if base not in VERSIONS:

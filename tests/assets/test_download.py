@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -311,8 +312,10 @@ def test_sizes_read_well():
 FETCH = """
 import logging, sys
 from pathlib import Path
+from audiocraft.assets import exchange
 from audiocraft.assets.download import download
 from audiocraft.assets.remote import Remote
+exchange.FIRST_ANSWER_S = 60.0
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 print("ready", flush=True)
 sys.stdin.readline()
@@ -320,29 +323,45 @@ download(Remote(sys.argv[1], "The file"), Path(sys.argv[2]), keep_partial=True)
 """
 
 
-def test_two_processes_fetch_once(server, target):
-    server.files["/f"] = File(CONTENT, etag='"1"', delay=0.03)
-    command = [sys.executable, "-c", FETCH, server.url("/f"), str(target)]
-    both = [
-        subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+def test_two_processes_fetch_once(server, target, tmp_path):
+    logs = [tmp_path / "first.log", tmp_path / "second.log"]
+
+    def waited():
+        return "".join(log.read_text() for log in logs).count(
+            "Another process is fetching The file; waiting for it."
         )
-        for _ in range(2)
-    ]
+
+    def hold():
+        """The answer comes once the other process has seen that somebody asks."""
+        deadline = time.monotonic() + 30
+        while not waited() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    server.files["/f"] = File(CONTENT, etag='"1"', hook=hold)
+    command = [sys.executable, "-c", FETCH, server.url("/f"), str(target)]
+    both = []
+    for log in logs:
+        with log.open("w") as file:
+            both.append(
+                subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=file,
+                    text=True,
+                )
+            )
     for process in both:
         assert process.stdout.readline() == "ready\n"
     for process in both:
         process.stdin.write("go\n")
         process.stdin.flush()
-    logs = sorted(process.communicate(timeout=120)[1] for process in both)
+    for process in both:
+        process.communicate(timeout=120)
     assert [process.returncode for process in both] == [0, 0]
     assert len(server.log()) == 1
     assert target.read_bytes() == CONTENT
-    assert "".join(logs).count("Another process is fetching The file; waiting for it.") == 1
+    assert waited() == 1
     assert left(target) == ["file.bin"]
 
 

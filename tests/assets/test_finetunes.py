@@ -160,7 +160,7 @@ def test_a_cut_is_resumed_and_a_failure_leaves_nothing(server, store, folder):
 def test_cancelation_leaves_nothing(server, store, folder):
     server.files["/w"] = File(os.urandom(300_000), etag='"1"', stall_after=100_000)
     took = run_and_cancel(lambda: store.get(server.url("/w")), lambda: server.sent("/w") == 100_000)
-    assert took < 1
+    assert took < 3
     assert kept(folder) == []
 
 

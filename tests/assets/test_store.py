@@ -20,7 +20,7 @@ from audiocraft.assets.store import (
     short_name,
     store_dir,
 )
-from audiocraft.errors import AssetError
+from audiocraft.errors import AssetError, InputError
 from audiocraft.models.versions import VERSIONS
 from tests.http_server import File, FileServer, use_hub
 
@@ -92,6 +92,9 @@ def test_the_store_lies_in_the_project_or_at_home(tmp_path, monkeypatch):
     assert store_dir() == tmp_path / "lib/models"
     monkeypatch.setenv("AUDIOCRAFT_CACHE_DIR", "~/here")
     assert store_dir() == Path.home() / "here"
+    monkeypatch.setenv("AUDIOCRAFT_CACHE_DIR", "~nobody-here/x")
+    with pytest.raises(InputError, match=r"^AUDIOCRAFT_CACHE_DIR is '~nobody-here/x', and"):
+        store_dir()
 
 
 @pytest.mark.usefixtures("store")
@@ -235,7 +238,11 @@ def test_the_command_is_one_that_is_there(store, tmp_path, monkeypatch):
 
 @pytest.fixture
 def elsewhere(store, monkeypatch):
-    """Lets the hub be at another address; returns what is said about a file of it."""
+    """Lets the hub be at another address; returns what is said about a file of it.
+
+    Its first answer has 3 s instead of the 8 of `test_exchange`; two waits would be noticed.
+    """
+    monkeypatch.setattr(exchange, "FIRST_ANSWER_S", 3.0)
 
     def ask(url):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -247,7 +254,7 @@ def elsewhere(store, monkeypatch):
         began = time.monotonic()
         with pytest.raises(AssetError) as caught:
             fetch(MUSICGEN, "state_dict.bin")
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 6
         place = store.parents[1] / MUSICGEN
         message = str(caught.value)
         assert message.startswith(f"state_dict.bin of {MUSICGEN} is not in {place} and ")
@@ -270,7 +277,7 @@ def test_an_unknown_host_is_told(elsewhere):
 
 
 @pytest.mark.slow
-def test_silence_is_told_within_ten_seconds(elsewhere):
+def test_silence_is_told_in_time(elsewhere):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         message = elsewhere(f"http://127.0.0.1:{listener.getsockname()[1]}")
     assert f"nothing came for {exchange.FIRST_ANSWER_S:g} s" in message

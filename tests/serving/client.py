@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from audiocraft.serving.schema import write_schema
-from audiocraft.serving.server import CogServer
+from audiocraft.serving.server import CogServer, ServerError
 
 Answer = tuple[int, Any]
 _JSON = {"Content-Type": "application/json"}
@@ -183,13 +183,25 @@ def start(
     """Serves a project with these variables until the block ends."""
     write_schema(project)
     lines: list[str] = []
-    with CogServer(
-        project,
-        training=training,
-        log=lines.append,
-        setup_timeout=setup_timeout,
-        environment=environment,
-    ) as server:
+
+    def make() -> CogServer:
+        return CogServer(
+            project,
+            training=training,
+            log=lines.append,
+            setup_timeout=setup_timeout,
+            environment=environment,
+        )
+
+    with contextlib.ExitStack() as stack:
+        try:
+            server = stack.enter_context(make())
+        except ServerError as error:
+            # Another process may take the port after it was found free.
+            if "Address already in use" not in "\n".join([str(error), *lines]):
+                raise
+            lines.clear()
+            server = stack.enter_context(make())
         yield Served(server, lines, "/trainings" if training else "/predictions")
 
 

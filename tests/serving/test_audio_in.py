@@ -262,6 +262,32 @@ def test_a_file_that_is_shorter_shows_as_shorter(service, tmp_path, make, frames
 
 
 @pytest.mark.parametrize("make", [melody, continuation])
+@pytest.mark.parametrize(
+    ("frames", "start", "remedy"),
+    [
+        (8001, 1, "an earlier continuation_start"),
+        (8159, 1, "an earlier continuation_start"),
+        (1, 0, "longer audio"),
+        (159, 0, "longer audio"),
+    ],
+)
+def test_less_than_a_frame_of_codes(service, tmp_path, make, frames, start, remedy):
+    path = write_source(tmp_path / "x.wav", tones(8000, 2)[:, :frames], 8000)
+    message = refusal(service, make(path, continuation_start=start, continuation_end=-1))
+    assert message == (
+        "The part of input_audio that is used is shorter than 0.02 s, the least that can be heard: "
+        f"give {remedy}."
+    )
+
+
+@pytest.mark.parametrize("make", [melody, continuation])
+def test_a_frame_of_codes_is_enough(service, clips, tmp_path, make):
+    path = write_source(tmp_path / "x.wav", tones(8000, 2)[:, :8160], 8000)
+    assert music(service, make(path, continuation_end=-1))
+    assert [clip.shape for clip, _ in clips] == [(2, 160)]
+
+
+@pytest.mark.parametrize("make", [melody, continuation])
 def test_the_end_is_checked_beyond_what_is_read(service, tmp_path, make):
     """A melody is read for a minute more than the result lasts."""
     path = write_source(tmp_path / "x.wav", tones(8000, 100), 8000)

@@ -38,7 +38,7 @@ def _slow(owner, name, tell, seconds):
 
     def slowed(self, *args, **kwargs):
         print("doing", tell(*args), next(counter), flush=True)
-        time.sleep(seconds)
+        time.sleep(seconds(*args) if callable(seconds) else seconds)
         return real(self, *args, **kwargs)
 
     setattr(owner, name, slowed)
@@ -48,9 +48,14 @@ def _advance(state, sequence):
     return "step" if sequence.shape[-1] == 1 else "prefill"
 
 
+def _apart(sample, step, *_):
+    # The first four of twenty are so far apart that no lag is taken for another evaluation.
+    return 1.0 if step > 800 else 0.0
+
+
 _slow(LMModel, "advance", _advance, 0.03)
 _slow(HTDemucs, "forward", lambda *_: "segment", 0.3)
-_slow(DiffusionUnet, "forward", lambda *_: "evaluation", 0.2)
+_slow(DiffusionUnet, "forward", lambda *_: "evaluation", _apart)
 for owner, name in ((SEANetDecoder, "forward"), (DecoderStream, "push")):
     _slow(owner, name, lambda *_: "decode", 1.0)
 for owner, name in ((SEANetEncoder, "forward"), (EncoderStream, "push")):
@@ -163,10 +168,10 @@ def test_cancel_in_each_phase(served, scratch, store, phase, seen, inputs):
     expected = result(served, **needs)
     before = files(scratch, store)
     elapsed = cancelled(served, seen, {"prompt": "x", "seed": 2, **needs, **inputs})
-    assert elapsed < 4
+    assert elapsed < 8
     time.sleep(1)  # lines may lag
     at_end = count(served, phase)
-    time.sleep(0.5)
+    time.sleep(1.2)  # longer than from one to the next
     assert count(served, phase) == at_end  # nothing goes on behind the scenes
     assert files(scratch, store) <= before
     assert result(served, **needs) == expected
@@ -203,7 +208,7 @@ def test_cancel_while_the_result_is_encoded(served, store, scratch, hold):
         begin = time.monotonic()
         served.cancel(handle.id)
         assert handle.answer(20)[1]["status"] == "canceled"
-        assert time.monotonic() - begin < 4
+        assert time.monotonic() - begin < 8
         assert_gone(encoder, 2)
         assert files(scratch, store) <= before
         assert not list(scratch.rglob("*.part"))
@@ -225,7 +230,7 @@ def test_cancel_in_a_download(served, store, scratch, tmp_path):
         begin = time.monotonic()
         served.cancel(handle.id)
         assert handle.answer(20)[1]["status"] == "canceled"
-        assert time.monotonic() - begin < 4
+        assert time.monotonic() - begin < 8
         assert files(scratch, store) <= before
         assert result(served) == expected
         file.stall_after = None
@@ -243,9 +248,10 @@ def test_a_client_that_goes_away(served):
     served.drop({"prompt": "x", "duration": 600}, after="doing step")
     begin = time.monotonic()
     while True:
-        status, answer = served.predict({"prompt": "x", "duration": 1, "seed": 1})
+        body = {"input": {"prompt": "x", "duration": 1, "seed": 1}}
+        status, answer = served.request("POST", "/predictions", body)  # which does not try again
         if status != 409:
             break
-        assert time.monotonic() - begin < 5
+        assert time.monotonic() - begin < 8
         time.sleep(0.05)
     assert base64.b64decode(answer["output"].partition(",")[2]) == expected

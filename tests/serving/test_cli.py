@@ -13,8 +13,13 @@ import torch
 
 from audiocraft.errors import InputError
 from audiocraft.serving import cli, outputs
-from audiocraft.serving.arguments import check_inputs, parse_environment, parse_inputs
-from audiocraft.serving.device import DeviceCheck, device_warning
+from audiocraft.serving.arguments import (
+    check_inputs,
+    parse_environment,
+    parse_inputs,
+    parse_json,
+)
+from audiocraft.serving.device import device_warning
 from audiocraft.serving.server import CogServer, plain_message
 
 SCHEMA: dict[str, Any] = {
@@ -194,6 +199,23 @@ def test_a_path_too_long_to_look_up() -> None:
         InputError, match=r"^audio must be a file, but .*name too long\); check the path\.$"
     ):
         parse_inputs([f"audio=@{'a' * 5000}"], SCHEMA)
+
+
+def test_what_is_no_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python has such a byte as half a character, which the server would not read."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "caf\udce9.wav").touch()
+    problem = "holds bytes that are not UTF-8; rename the file, or type the text anew."
+    for name, pair in (
+        ("prompt", "prompt=caf\udce9"),
+        ("audio", "audio=@caf\udce9.wav"),
+        ("tags (item 1)", "tags=caf\udce9"),
+    ):
+        with pytest.raises(InputError) as caught:
+            parse_inputs([pair], SCHEMA)
+        assert str(caught.value) == f"{name} {problem}"
+    with pytest.raises(InputError, match=f"^prompt {problem}"):
+        parse_json('{"prompt": "caf\\udce9"}', SCHEMA)
 
 
 def test_a_file_that_must_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -426,6 +448,34 @@ def test_the_name_chooses_the_format(
 
 
 @pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        ("tuned.safetensors", "{here}/tuned.safetensors"),
+        ("weights/tuned.safetensors", "{here}/weights/tuned.safetensors"),
+        ("/weights/tuned.safetensors", "/weights/tuned.safetensors"),
+        ("https://example.org/tuned.safetensors", "https://example.org/tuned.safetensors"),
+        ("data:;base64,AAAA", "data:;base64,AAAA"),
+        ("", ""),
+    ],
+)
+def test_weights_without_an_at_are_looked_for_where_the_user_stands(
+    given: str, asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in the project's folder, where the server works."""
+    monkeypatch.chdir(tmp_path)
+    seen = []
+
+    def ask(_server: CogServer, inputs: dict[str, Any]) -> dict[str, Any]:
+        seen.append(inputs)
+        return {"status": "succeeded", "output": None}
+
+    monkeypatch.setattr(CogServer, "__enter__", lambda server: server)
+    monkeypatch.setattr(CogServer, "ask", ask)
+    assert cli.main(["predict", "-i", f"replicate_weights={given}"]) == 0
+    assert seen == [{"replicate_weights": asked.format(here=tmp_path)}]
+
+
+@pytest.mark.parametrize(
     ("arguments", "text"),
     [
         (["-o", "song.m4a"], "will hold wav, but does not end in .wav"),
@@ -514,17 +564,6 @@ def test_no_device_no_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert device_warning() is None
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     assert device_warning() is None
-    with DeviceCheck({}) as device:
-        assert device.warning() is None
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the device here")
-def test_the_check_runs_beside_us(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_nvidia_smi(tmp_path, monkeypatch, r"GPU 0: NVIDIA H200 (UUID: GPU-1)\n")
-    with DeviceCheck({}) as device:
-        assert "runs on the CPU" in str(device.warning())
-    with DeviceCheck({"CUDA_VISIBLE_DEVICES": ""}) as device:  # as `-e` gives it
-        assert device.warning() is None
 
 
 @pytest.mark.parametrize(

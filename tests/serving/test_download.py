@@ -1,5 +1,6 @@
 """scripts/download against a hub on this machine."""
 
+import hashlib
 import logging
 import os
 import shutil
@@ -12,12 +13,14 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from audiocraft.assets.remote import show_size
 from audiocraft.assets.store import LABEL_MODELS, PARTS, RELEASES
 from audiocraft.models.versions import VERSIONS
 from audiocraft.serving.download import main
 from audiocraft.serving.prediction import PredictionRequest, PredictionService
-from tests.http_server import FileServer, use_hub
+from tests.http_server import File, FileServer, use_hub
 from tests.releases import stand_in
+from tests.serving.client import wait_until
 from tools.make_diffusion import write_diffusion
 
 ROOT = Path(__file__).parents[2]
@@ -205,6 +208,14 @@ def test_an_unknown_flag_is_one_sentence(fetched, capsys):
     assert "--trian" in said
 
 
+def test_the_home_of_nobody_is_one_sentence(fetched, capsys, monkeypatch):
+    monkeypatch.setenv("AUDIOCRAFT_CACHE_DIR", "~nobody-here/x")
+    assert fetched(capsys, "small")[:2] == (
+        1,
+        "AUDIOCRAFT_CACHE_DIR is '~nobody-here/x', and there is no such home: give a whole path.\n",
+    )
+
+
 def test_no_network_is_one_sentence(fetched, capsys, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     status, said, _ = fetched(capsys, "small")
@@ -250,24 +261,32 @@ def test_the_script_runs(script, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_script_goes_on_where_it_was_stopped(script, hub, number):
-    path = "/google-t5/t5-base/model.safetensors"
-    hub.files[path] = hub.find(path)
-    hub.files[path].stall_after = 600
+def test_the_script_goes_on_where_it_was_stopped(script, hub, tmp_path, number):
+    repo, name, content = "google-t5/t5-base", "model.safetensors", os.urandom(1_000_000)
+    link = f"/{repo}/resolve/main/{name}"
+    hub.files[link] = hub.find(link)
+    hub.files[link].headers = {
+        "X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"',
+        "X-Linked-Size": str(len(content)),
+    }
+    hub.files[f"/{repo}/{name}"] = file = File(content, etag='"1"', stall_after=600_000)
+    part = tmp_path / f"store/{repo}/{name}.part"
     with script("t5-base") as process:
-        deadline = time.monotonic() + 30
-        while hub.sent(path) < 600 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(1)  # until it is read
+        wait_until(lambda: part.exists() and part.stat().st_size > 400_000, 60)
         process.send_signal(number)
         began = time.monotonic()
         said = process.communicate(timeout=60)[1]
         assert time.monotonic() - began < 10  # the server says nothing for 60 s
     assert process.returncode == 130, said
     assert said.endswith("Stopped; the same command goes on from here.\n")
-    hub.files[path].stall_after = None
+    kept = part.stat().st_size
+    assert kept > 400_000
+    file.stall_after = None
     with script("t5-base") as process:
         said = process.communicate(timeout=60)[1]
     assert process.returncode == 0, said
-    assert hub.sent(path) == 1000
-    assert "Going on with model.safetensors of google-t5/t5-base at 600 bytes." in said
+    assert f"Going on with {name} of {repo} at {show_size(kept)}." in said
+    last = [request for request in hub.log() if request.path.startswith(f"/{repo}/{name}")][-1]
+    assert last.headers["range"] == f"bytes={kept}-"
+    assert last.sent == len(content) - kept
+    assert part.with_name(name).read_bytes() == content

@@ -4,7 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import soundfile
+import torch
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -67,6 +69,20 @@ def test_a_precision_that_the_device_has_not(tmp_path):
     assert "precision is fp8, cpu offers float32" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the device here")
+def test_a_device_that_torch_cannot_use_is_told_once(tmp_path):
+    command = tmp_path / "bin/nvidia-smi"
+    command.parent.mkdir()
+    command.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-1)'\n")
+    command.chmod(0o755)
+    # The server's own Python comes by PATH too.
+    path = f"PATH={command.parent}:{Path(sys.executable).parent}:/usr/bin:/bin"
+    inputs = ["-i", "model_version=tiny", "-i", "prompt=piano", "-i", "duration=1"]
+    done = predict(tmp_path, *inputs, "-e", path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Warning: GPU 0: NVIDIA H200 is there, but torch") == 1
 
 
 def test_a_bad_request_is_one_sentence(tmp_path):

@@ -2,8 +2,11 @@
 
 import io
 import json
+import os
+import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -220,12 +223,15 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
     link = tmp_path / "link.wav"
     link.symlink_to(old)
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", fail)
-        with pytest.raises(InputError, match=r"cannot be written \(No space left .*\); choose"):
+        patch.setattr(tempfile, "mkdtemp", fail)
+        with pytest.raises(
+            InputError, match=r"cannot be written \(No space left .*\); choose another path\.$"
+        ):
             outputs.write_files([url(b"sound", "audio/wav")], target, number=False)
     assert sorted(tmp_path.iterdir()) == [link, old]
     assert old.read_bytes() == b"old"
@@ -233,6 +239,45 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
     assert link.is_symlink()
     assert old.read_bytes() == b"new"
     assert sorted(tmp_path.iterdir()) == [link, old]
+
+
+def test_what_cannot_be_written_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have taken an hour; of several files those that are left are kept."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    target = outputs.find_target(str(tmp_path / "take"))
+    for name in ("take.wav", "take.1.wav"):
+        (tmp_path / name).mkdir()
+    sounds = [url(content, "audio/wav") for content in (b"a", b"b", b"c")]
+    kept = []
+    for urls in (sounds[:1], sounds):
+        with pytest.raises(InputError) as caught:
+            outputs.write_files(urls, target, number=len(urls) > 1)
+        said = re.fullmatch(
+            r".* written \(Is a directory\); choose another path, or take the result from (.*)\.",
+            str(caught.value),
+        )
+        assert said is not None, caught.value
+        kept.append(Path(said[1]))
+    assert kept[0].name == "take.wav"
+    assert kept[0].read_bytes() == b"a"
+    assert (tmp_path / "take.0.wav").read_bytes() == b"a"
+    assert {path.name: path.read_bytes() for path in kept[1].iterdir()} == {
+        "take.1.wav": b"b",
+        "take.2.wav": b"c",
+    }
+
+
+def test_weights_are_not_copied_onto_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a link in a folder that takes no other file, so that it would be written into."""
+    weights, link = tmp_path / "weights", tmp_path / "link"
+    weights.write_bytes(b"weights")
+    link.symlink_to(weights)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    outputs.put_file(link, weights)
+    assert weights.read_bytes() == b"weights"
+    assert link.is_symlink()
 
 
 def test_devices_are_written_into() -> None:

@@ -71,7 +71,7 @@ def test_ten_versions_in_turn_within_a_budget(store):
             assert cache.used <= budget
         after.append(anonymous_megabytes())
     assert cache.used > 30_000_000  # the budget is made use of
-    assert max(after[1:]) - after[0] < 10
+    assert max(after[1:]) - after[0] < 25  # one model that is left each time would take 32
 
 
 def test_the_last_used_stay(store):
@@ -171,6 +171,22 @@ def test_what_does_not_fit_is_not_fetched(monkeypatch):
             InputError, match=rf"^model_version large needs {need} GB of memory, 1\.0 GB are free"
         ):
             ModelCache(CPU, 10**9, precision).get(Selection("large"))
+
+
+def test_memory_that_runs_out_while_a_model_is_loaded(store, monkeypatch):
+    """What is free was taken by another program in between, say."""
+    stand_in(store, "small", 1)
+
+    def run_out(*_):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(models, "load_models", run_out)
+    with pytest.raises(InputError) as caught:
+        ModelCache(CPU).get(Selection("small"))
+    assert str(caught.value) == (
+        "model_version small does not fit the memory of cpu: choose a smaller model_version, or "
+        "free some."
+    )
 
 
 def test_what_takes_less_than_weights_that_name_their_base(store, tmp_path):

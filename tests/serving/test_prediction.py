@@ -4,6 +4,9 @@ import logging
 import math
 import re
 import shutil
+import tempfile
+from functools import partial
+from pathlib import Path
 
 import pytest
 import soundfile
@@ -14,8 +17,10 @@ from audiocraft.data.audio import audio_read, audio_write
 from audiocraft.errors import AudioFileError, InputError, TooLargeError
 from audiocraft.models import MultiBandDiffusion, MusicGen
 from audiocraft.models.versions import VERSIONS
+from audiocraft.serving import prediction
 from audiocraft.serving.models import Selection
 from audiocraft.serving.prediction import PredictionRequest, PredictionService
+from audiocraft.serving.worker import checked_path
 from tools.make_diffusion import write_diffusion
 
 
@@ -33,6 +38,14 @@ def song(tmp_path_factory):
     right = left.flip(0) * 0.5
     folder = tmp_path_factory.mktemp("song")
     return audio_write(folder / "song", torch.stack([left, right]), 44100, normalize=False)
+
+
+# As torch says it of a CPU.
+NO_MEMORY = partial(
+    RuntimeError,
+    "[enforce fail at alloc_cpu.cpp:119] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+    "tried to allocate 80000000000 bytes. Error code 12 (Cannot allocate memory)",
+)
 
 
 def tiny(**inputs):
@@ -147,6 +160,15 @@ def test_progress_is_logged_with_the_time_left(service, caplog):
     assert lines[-1] == "100 %, 57 of 57 steps, 0 s left"
 
 
+def test_a_device_that_torch_cannot_use_is_told_each_time(monkeypatch, caplog):
+    warning = "Warning: GPU 0 is there, but torch cannot use it."
+    monkeypatch.setattr(prediction, "device_warning", lambda: warning)
+    service = PredictionService()
+    for number in (1, 2):
+        service.predict(tiny(prompt="a song", duration=1))
+        assert caplog.messages.count(warning) == number
+
+
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
@@ -169,6 +191,18 @@ def test_progress_is_logged_with_the_time_left(service, caplog):
         ),
         ({"prompt": "x", "top_p": math.inf}, "top_p is inf, it must be a finite number."),
         ({"prompt": "x", "classifier_free_guidance": -1.0}, "classifier_free_guidance is -1"),
+        (
+            {"prompt": "x", "classifier_free_guidance": 1e39},  # no float32
+            "classifier_free_guidance is 1e+39, it may be up to 1e+30; 3 suits most music.",
+        ),
+        (
+            {"input_audio": Path("")},  # noqa: PTH201 - as `predict.py` makes it of an empty text
+            "input_audio is empty or a folder: give a URL or a file, or leave it out.",
+        ),
+        (
+            {"prompt": "x", "replicate_weights": "x" * 300},  # more than a name may have
+            f"replicate_weights: there is no file {'x' * 100}...: give a URL or the path of a file",
+        ),
         (
             {"prompt": "x", "replicate_weights": "no/such/file"},
             "replicate_weights: ",
@@ -210,7 +244,17 @@ def test_a_prompt_that_leaves_nothing_is_refused_before_the_model_is_loaded(serv
         service.predict(request)
 
 
-def test_where_memory_runs_out_other_models_go(service, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError,
+        NO_MEMORY,
+        MemoryError,
+        partial(RuntimeError, "CUDA error: out of memory"),
+        partial(RuntimeError, "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    ],
+)
+def test_where_memory_runs_out_other_models_go(service, monkeypatch, error):
     request = tiny(prompt="x", duration=1, seed=3)
     expected = service.predict(request).path.read_bytes()
     model = service._models.get(Selection("tiny"))
@@ -220,7 +264,7 @@ def test_where_memory_runs_out_other_models_go(service, monkeypatch):
     def run_out(self, *args, **kwargs):
         calls.append(set(service._models._models))
         if len(calls) == 1:
-            raise torch.OutOfMemoryError
+            raise error()
         return generate(self, *args, **kwargs)
 
     monkeypatch.setattr(MusicGen, "generate", run_out)
@@ -229,11 +273,24 @@ def test_where_memory_runs_out_other_models_go(service, monkeypatch):
     assert service._models.get(Selection("tiny")) is model
 
     def never_enough(*_, **__):
-        raise torch.OutOfMemoryError
+        raise error()
 
     monkeypatch.setattr(MusicGen, "generate", never_enough)
     with pytest.raises(InputError, match=r"^1 s of tiny do not .* cpu: .* or a shorter duration"):
         service.predict(request)
+
+
+def test_another_error_is_no_lack_of_memory(service, monkeypatch):
+    calls = []
+
+    def fail(*_, **__):
+        calls.append("generate")
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(MusicGen, "generate", fail)
+    with pytest.raises(RuntimeError, match="boom"):
+        service.predict(tiny(prompt="x", duration=1))
+    assert calls == ["generate"]
 
 
 def test_where_memory_runs_out_in_the_diffusion_nothing_is_generated_again(tmp_path, monkeypatch):
@@ -284,6 +341,49 @@ def test_a_result_that_somebody_removed_is_no_error(service):
     for _ in range(2):
         result = service.predict(tiny(prompt="x", duration=1))
         shutil.rmtree(result.path.parent)
+
+
+def test_a_temporary_folder_that_is_not_there_is_told_first(service, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    monkeypatch.setattr(MusicGen, "generate", pytest.fail)
+    with pytest.raises(InputError) as caught:
+        service.predict(tiny(prompt="x", duration=1))
+    assert str(caught.value) == (
+        f"The temporary folder {tmp_path}/gone cannot be written (No such file or directory): free "
+        "some of its disk, or set TMPDIR to another."
+    )
+
+
+def test_no_temporary_folder_at_all(monkeypatch):
+    def fail():
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.delenv("ALLOW_LOCAL_FILES", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "gettempdir", fail)
+    said = r"^The temporary folder cannot be written \(No usable .*\['/tmp'\]\): free some of its "
+    with pytest.raises(InputError, match=said):
+        checked_path(Path("song.wav"), "input_audio")
+    monkeypatch.setenv("ALLOW_LOCAL_FILES", "1")
+    assert checked_path(Path("song.wav"), "input_audio") == Path("song.wav").resolve()
+
+
+def test_a_refused_request_leaves_no_folder(service, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(InputError):
+        service.predict(tiny(input_audio=tmp_path / "nothing.wav"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_in_a_closed_folder_are_not_found(service, monkeypatch):
+    def closed(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_file", closed)  # root may look anywhere
+    with pytest.raises(
+        InputError, match=r"^replicate_weights: there is no file closed/x: give a URL or the path"
+    ):
+        service.predict(tiny(prompt="x", replicate_weights="closed/x"))
 
 
 def test_broken_audio_is_named(service, tmp_path):

@@ -100,6 +100,13 @@ def refused(**inputs):
         ({"cfg_p": 1.5}, "cfg_p is 1.5, it must be from 0 to 1; 0.3 suits most music."),
         ({"cfg_p": float("nan")}, "cfg_p is nan, it must be from 0 to 1; 0.3 suits most music."),
         ({"seed": 2**63}, f"seed is {2**63}, it must be from -2^63 to 2^63 - 1."),
+        (
+            {"dataset_path": Path("")},  # noqa: PTH201 - as `train.py` makes it of an empty text
+            (
+                "dataset_path is empty or the server's working folder: give a URL, or the path of "
+                "your music."
+            ),
+        ),
     ],
 )
 def test_an_input_outside_its_limits(inputs, sentence):
@@ -179,6 +186,12 @@ def test_a_dataset_of_the_server(monkeypatch, tmp_path):
     (tmp_path / "link").symlink_to("/etc")
     for path in ("/etc", "/etc/passwd", "link", "link/passwd", "../../../../../../etc/passwd"):
         with pytest.raises(InputError, match=r"^dataset_path is a path on the server, which is"):
+            describe(TrainingRequest(Path(path), model_version="tiny"), VOCABULARIES)
+    # Folders are what a server keeps its own in, such as the music of another training.
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/song.wav").touch()
+    for path in ("runs", str(tmp_path), "../" + tmp_path.name):
+        with pytest.raises(InputError, match=r"^dataset_path is a folder of the server, which is"):
             describe(TrainingRequest(Path(path), model_version="tiny"), VOCABULARIES)
 
 
