@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
 from importlib.metadata import distribution
 from pathlib import Path
@@ -120,16 +121,24 @@ sys.exit(main())
 """
 
 
+# What is said where the network or the registry fails; the last, too, where no index was read.
+NETWORK = (
+    "Retrying|Connection|HTTP error|Could not fetch|Timeout|[Tt]imed out|\\b50\\d\\b"
+    "|No matching distribution"
+)
+
+
 def run(*command, cwd=None):
     """Output of a command; of its messages, which name the registry, only the last words.
 
     What the network may fail is tried three times.
     """
-    for _ in range(3):
+    for attempt in range(3):
+        time.sleep(20 * attempt)
         result = subprocess.run(
             [*map(str, command)], cwd=cwd, capture_output=True, text=True, check=False
         )
-        if not re.search("Retrying|Connection|Timeout|HTTP error", result.stderr):
+        if result.returncode == 0 or not re.search(NETWORK, result.stderr):
             break
     said = re.sub(r"\w+://\S+", "(address)", result.stderr)[-2000:]
     assert result.returncode == 0, f"{Path(command[0]).name} {command[1:3]}: {said}"

@@ -42,6 +42,12 @@ def tiny_codes(frames, rows=1, books=4):
     return torch.randint(32, (rows, books, frames), generator=torch.Generator().manual_seed(frames))
 
 
+def assert_same_choices(ours, theirs):
+    """But for one frame: where two vectors are as near, rounding may choose."""
+    assert ours.shape == theirs.shape
+    assert (ours != theirs).any(dim=1).sum() <= 1
+
+
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_codes_of_music_are_those_of_the_whole(case, song, whole):
@@ -49,7 +55,7 @@ def test_codes_of_music_are_those_of_the_whole(case, song, whole):
     codes, scale = model.encode(wav)
     latent = model.encoder(wav)
     whole()
-    assert torch.equal(codes, model.encode(wav)[0])
+    assert_same_choices(codes, model.encode(wav)[0])
     torch.testing.assert_close(latent, model.encoder(wav), **AUDIO)
     if scale is not None:
         assert torch.equal(scale, model.encode(wav)[1])
@@ -61,10 +67,11 @@ def test_codes_of_music_are_those_of_the_whole(case, song, whole):
 def test_any_length_is_encoded_as_the_whole(case, frames, song, whole):
     model = codec(case)
     wav = song.reshape(1, 1, -1).repeat(1, 1, 2)[..., : frames * 640 - 77]
-    codes, _ = model.encode(wav)
+    latent, (codes, _) = model.encoder(wav), model.encode(wav)
     assert codes.shape == (1, 4, frames)
     whole()
-    assert torch.equal(codes, model.encode(wav)[0])
+    torch.testing.assert_close(latent, model.encoder(wav), **AUDIO)
+    assert_same_choices(codes, model.encode(wav)[0])
 
 
 @pytest.mark.parametrize("per_timestep", [False, True])
@@ -77,7 +84,7 @@ def test_stereo(per_timestep, case, song, whole):
     audio = model.decode(codes, scale)
     assert (scale is not None) == (case == "renorm")
     whole()
-    assert torch.equal(codes, model.encode(wav)[0])
+    assert_same_choices(codes, model.encode(wav)[0])
     torch.testing.assert_close(audio, model.decode(codes, scale), **AUDIO)
 
 

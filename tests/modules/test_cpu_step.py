@@ -61,6 +61,8 @@ def test_the_program_is_the_layers_bit_for_bit(
         theirs = one_by_one(model, x, memory, caches[1])
         assert torch.equal(ours, theirs)
         assert caches[0].length == caches[1].length
+    assert caches[0].step is not None
+    assert caches[1].step is None
     filled = caches[0].length
     assert torch.equal(caches[0].keys[:, :, :, :filled], caches[1].keys[:, :, :, :filled])
     assert torch.equal(caches[0].values[:, :, :, :filled], caches[1].values[:, :, :, :filled])

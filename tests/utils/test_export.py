@@ -162,6 +162,18 @@ def test_what_cannot_be_exported(store, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_weights_that_must_not_be_read(tmp_path, monkeypatch):
+    def closed(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (tmp_path / "a.safetensors").touch()
+    monkeypatch.setattr(Path, "open", closed)  # root may read anything
+    with pytest.raises(
+        InputError, match=r"a\.safetensors cannot be read \(Permission denied\); give a file of"
+    ):
+        export_release(tmp_path / "a.safetensors", tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("folder", "reason", "above"),
     [
