@@ -109,8 +109,7 @@ def test_a_run_begins_from_a_release(finished, data, tmp_path):
     earlier, folder = finished
     begun = run_in(tmp_path / "run", data, 1, begin_from=folder / "release")
     ours, theirs = (
-        evaluate(run.trainer, run.measured, run.lessons, run.looks, run.truths)
-        for run in (begun, earlier)
+        evaluate(run.trainer, run.measured, run.lessons, run.truths) for run in (begun, earlier)
     )
     assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-3)
     with earlier.trainer.ema.applied():
@@ -157,9 +156,8 @@ def test_each_evaluation_is_a_line_of_the_log(finished):
     assert len(line["per_codebook"]) == 8
     assert line["loss"] == pytest.approx(np.mean(line["per_codebook"]), abs=1e-3)
     assert line["answers"].keys() == QUESTIONS.keys()
-    shares = (line["followed"], *line["answers"].values(), *line["looked"].values())
-    assert all(0 <= share <= 1 for share in shares)
-    again = evaluate(run.trainer, run.measured, run.lessons, run.looks, run.truths)
+    assert all(0 <= share <= 1 for share in (line["followed"], *line["answers"].values()))
+    again = evaluate(run.trainer, run.measured, run.lessons, run.truths)
     assert again == {name: line[name] for name in again}
 
 
@@ -183,7 +181,7 @@ def test_an_evaluation_says_what_conditions_are_worth(data, tmp_path):
     conditioners = run.trainer.lm.condition_provider.conditioners
 
     def losses():
-        found = evaluate(run.trainer, run.measured, run.lessons, run.looks, run.truths)
+        found = evaluate(run.trainer, run.measured, run.lessons, run.truths)
         return [found[name] for name in ("loss", "text", "other_text", "nothing")]
 
     with torch.no_grad():

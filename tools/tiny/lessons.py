@@ -100,7 +100,7 @@ def _now_or_next(frames: int, ends: NDArray[Any], values: NDArray[Any]) -> NDArr
 
 
 class _WithLoss(torch.autograd.Function):
-    """Of `with_loss`."""
+    """Hand values on, and have a loss take part in the backward pass."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, values: Tensor, loss: Tensor) -> Tensor:  # noqa: ARG004
@@ -110,17 +110,6 @@ class _WithLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG004
         (grad,) = grads
         return grad, torch.ones((), device=grad.device)
-
-
-def with_loss(values: Tensor, loss: Tensor) -> Tensor:
-    """Values as they are, through which a loss takes part in the backward pass.
-
-    Args:
-        values: that the model's loss depends on.
-        loss: of its own.
-    """
-    handed: Tensor = _WithLoss.apply(values, loss)  # type: ignore[no-untyped-call]
-    return handed
 
 
 class Lessons(nn.Module):
@@ -174,4 +163,6 @@ class Lessons(nn.Module):
             ]
             right.append((part.detach().argmax(-1) == target).float().mean(1))
         self._right.append(torch.stack(right, 1))
-        return with_loss(output, self._weight * torch.stack(losses).mean())
+        loss = self._weight * torch.stack(losses).mean()
+        handed: Tensor = _WithLoss.apply(output, loss)  # type: ignore[no-untyped-call]
+        return handed

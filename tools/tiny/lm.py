@@ -35,7 +35,6 @@ from audiocraft.models.builders import get_lm_model
 from audiocraft.models.loaders import LM_FILE, assign_state, find_file, read_checkpoint
 from audiocraft.modules.conditioners import T5Conditioner
 from audiocraft.modules.precision import offered_precisions
-from audiocraft.modules.transformer import TransformerLayer
 from audiocraft.solvers.checkpoints import (
     find_checkpoint,
     load_state,
@@ -60,7 +59,6 @@ from tools.tiny.dataset import (
     stereo_codec,
 )
 from tools.tiny.lessons import Lessons
-from tools.tiny.looks import Looks
 from tools.tiny.release import RELEASE, Work, work_of, write_release
 from tools.tiny.text_encoder import make_text_encoder, teach_text_encoder
 
@@ -79,7 +77,6 @@ _DROPPED: Final = 26
 _SHARES: Final = (1.0, 0.5, 0.25, 0.125)
 _LESSONS_NAME: Final = "lessons"
 _LESSONS: Final = 1.0  # weight of the questions beside the codes
-_LOOKS: Final = 0.3  # weight of where two heads look, likewise
 
 
 def _pass_back(share: float) -> Callable[[Any, tuple[Tensor]], tuple[Tensor]]:
@@ -106,11 +103,7 @@ def _drop(module: nn.Module, _: Any, output: Tensor) -> Tensor:
 
 
 def evaluate(
-    trainer: Trainer,
-    clips: Sequence[Clip],
-    lessons: Lessons,
-    looks: Looks,
-    truths: Sequence[Tensor],
+    trainer: Trainer, clips: Sequence[Clip], lessons: Lessons, truths: Sequence[Tensor]
 ) -> dict[str, Any]:
     """Losses of the averaged weights, in nats per code, and what conditions are worth.
 
@@ -118,8 +111,7 @@ def evaluate(
         trainer: of the model.
         clips: not trained on.
         lessons: of the model.
-        looks: likewise.
-        truths: of each clip, for both.
+        truths: of each clip, for the lessons.
 
     Returns:
         `loss` with text and melody, and `per_codebook`; `text`, without the melody; `other_text`,
@@ -136,7 +128,6 @@ def evaluate(
     both = trainer.evaluate(clips)
     followed = lessons.results()["chroma"]
     lessons.ask(truths)
-    looks.ask(truths)
     text, answered = trainer.evaluate(clips, drops=no_melody), lessons.results()
     return {
         "loss": round(float(both.total), 4),
@@ -146,7 +137,6 @@ def evaluate(
         "nothing": round(float(trainer.evaluate(clips, drops=Drops(everything=True)).total), 4),
         "followed": followed,
         "answers": answered,
-        "looked": looks.results(),
     }
 
 
@@ -211,10 +201,6 @@ class Run:
         self.lessons = Lessons(shape.dim, _LESSONS)
         lm.add_module(_LESSONS_NAME, self.lessons)
         lm.transformer.layers[shape.layers // 2].register_forward_hook(self.lessons.hook)
-        self.looks = Looks(_LOOKS)
-        # Not of the first layers, which tell what the tempo is, nor of those that the answers need.
-        looking = cast("TransformerLayer", lm.transformer.layers[shape.layers // 3])
-        looking.self_attn.register_forward_pre_hook(self.looks.hook)
         delays = cfg.codebooks_pattern.delay.delays
         for number, head in enumerate(lm.linears):
             head.register_forward_pre_hook(_pass_back(_SHARES[number * len(_SHARES) // lm.n_q]))
@@ -306,7 +292,6 @@ class Run:
         """Say what is to be learnt of the clips that the decoder gets next, in their order."""
         truths = [*map(self.crops.answers, clips)]
         self.lessons.ask(truths)
-        self.looks.ask(truths)
         self._unlearnt = unlearnt(truths)
 
     def _leave_unlearnt(self, delay: int, head: nn.Module, _: Any, logits: Tensor) -> Tensor:
@@ -323,7 +308,7 @@ class Run:
         self._planned = True
 
     def _report(self, recent: Sequence[Update], clock: float) -> None:
-        measures = evaluate(self.trainer, self.measured, self.lessons, self.looks, self.truths)
+        measures = evaluate(self.trainer, self.measured, self.lessons, self.truths)
         if self.best is None or measures["loss"] < self.best:
             self.best = measures["loss"]
             self.export(self.folder / RELEASE)
