@@ -77,7 +77,9 @@ def test_official_networks(models, band, sweep):
 @torch.no_grad()
 def test_official_networks_in_sixteen_bits(models, band, sweep, dtype, most):
     model = copy.deepcopy(models[band]).to(dtype)
-    y = model(BANDS[f"band{band}.unet_in"], 17, model.condition(EMB), sweep)
+    # oneDNN's own convolution of 8 strided by 4, as these have it, is wrong in bfloat16 by AMX.
+    with torch.backends.mkldnn.flags(enabled=False):
+        y = model(BANDS[f"band{band}.unet_in"], 17, model.condition(EMB), sweep)
     assert y.dtype == torch.float32
     expected = BANDS[f"band{band}.unet_out_step17"]
     error = torch.dist(y, expected) / expected.norm()
