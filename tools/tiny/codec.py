@@ -248,7 +248,7 @@ class Run:
         if begin_from is not None:
             _load(model, begin_from)
         # By AMX oneDNN's strided convolutions of bfloat16 are wrong for some numbers of channels.
-        has_amx = torch.cpu._is_amx_tile_supported()
+        has_amx = torch.cpu._is_amx_tile_supported()  # noqa: SLF001 - no public name
         bfloat16 = not has_amx and "bfloat16" in offered_precisions(torch.device("cpu"))
         settings = CodecSettings(
             seed=TRAINED_SEED, shares=_SHARES, bfloat16=bfloat16, decoder_only=decoder_only
