@@ -413,6 +413,21 @@ def test_errors_come_before_the_server(
     assert captured.out == ""
 
 
+@pytest.fixture
+def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What a server is asked that makes nothing; the user stands in a folder of their own."""
+    monkeypatch.chdir(tmp_path)
+    seen: list[dict[str, Any]] = []
+
+    def ask(_server: CogServer, inputs: dict[str, Any]) -> dict[str, Any]:
+        seen.append(inputs)
+        return {"status": "succeeded", "output": None}
+
+    monkeypatch.setattr(CogServer, "__enter__", lambda server: server)
+    monkeypatch.setattr(CogServer, "ask", ask)
+    return seen
+
+
 @pytest.mark.parametrize(
     ("arguments", "asked"),
     [
@@ -431,18 +446,9 @@ def test_errors_come_before_the_server(
     ],
 )
 def test_the_name_chooses_the_format(
-    arguments: list[str], asked: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], asked: str | None, tmp_path: Path, seen: list[dict[str, Any]]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.mp3").mkdir()
-    seen = []
-
-    def ask(_server: CogServer, inputs: dict[str, Any]) -> dict[str, Any]:
-        seen.append(inputs)
-        return {"status": "succeeded", "output": None}
-
-    monkeypatch.setattr(CogServer, "__enter__", lambda server: server)
-    monkeypatch.setattr(CogServer, "ask", ask)
     assert cli.main(["predict", *arguments]) == 0
     assert seen == [{} if asked is None else {"output_format": asked}]
 
@@ -459,22 +465,14 @@ def test_the_name_chooses_the_format(
     ],
 )
 def test_weights_without_an_at_are_looked_for_where_the_user_stands(
-    given: str, asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    given: str, asked: str, tmp_path: Path, seen: list[dict[str, Any]]
 ) -> None:
     """Not in the project's folder, where the server works."""
-    monkeypatch.chdir(tmp_path)
-    seen = []
-
-    def ask(_server: CogServer, inputs: dict[str, Any]) -> dict[str, Any]:
-        seen.append(inputs)
-        return {"status": "succeeded", "output": None}
-
-    monkeypatch.setattr(CogServer, "__enter__", lambda server: server)
-    monkeypatch.setattr(CogServer, "ask", ask)
     assert cli.main(["predict", "-i", f"replicate_weights={given}"]) == 0
     assert seen == [{"replicate_weights": asked.format(here=tmp_path)}]
 
 
+@pytest.mark.usefixtures("seen")
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -485,15 +483,8 @@ def test_weights_without_an_at_are_looked_for_where_the_user_stands(
     ],
 )
 def test_another_ending_is_said(
-    arguments: list[str],
-    text: str | None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    arguments: list[str], text: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(CogServer, "__enter__", lambda server: server)
-    monkeypatch.setattr(CogServer, "ask", lambda *_: {"status": "succeeded", "output": None})
     assert cli.main(["predict", *arguments]) == 0
     said = capsys.readouterr().err
     warning = "" if text is None else f"Warning: -o '{arguments[1]}' {text}.\n"
