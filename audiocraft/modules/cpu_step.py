@@ -17,16 +17,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from audiocraft.modules.linear import FEW_ROWS, LEAST_ROWS, TINY, Int8Weight, Linear, int8_input
+from audiocraft.modules.linear import (
+    FEW_ROWS,
+    LEAST_ROWS,
+    TINY,
+    Int8Weight,
+    Linear,
+    Packed,
+    int8_levels,
+    multiply_int8,
+)
 
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from audiocraft.modules.transformer import Attention, KVCache, Memory, Norm, Transformer
-
-    Packed = Any
-else:
-    Packed = torch.classes.quantized.LinearPackedParamsBase  # TorchScript reads annotations
 
 
 class Product(NamedTuple):
@@ -66,8 +71,7 @@ class Numbers(NamedTuple):
     least_rows: int
     few_rows: int
     tiny: float
-    scale: float
-    zero: int
+    levels: int
 
 
 def multiply(x: Tensor, product: Product, numbers: Numbers) -> Tensor:
@@ -75,12 +79,8 @@ def multiply(x: Tensor, product: Product, numbers: Numbers) -> Tensor:
     bias = product.bias
     packed = product.packed
     if packed is not None:
-        largest = x.abs().amax(dim=-1, keepdim=True).clamp_min(numbers.tiny)
-        y: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            x / largest, numbers.scale, numbers.zero, packed
-        )
-        scaled = y * largest
-        return scaled if bias is None else scaled + bias
+        y = multiply_int8(x, packed, numbers.levels, numbers.tiny)
+        return y if bias is None else y + bias
     weight = product.weight
     assert weight is not None
     rows = x.size(0)
@@ -169,7 +169,7 @@ class CpuStep:
         self._layers = [_layer(layer, memory is not None) for layer in transformer.layers]
         self._memory = list(memory or ())
         heads = transformer.config.num_heads
-        self._numbers = Numbers(heads, LEAST_ROWS, FEW_ROWS, TINY, *int8_input())
+        self._numbers = Numbers(heads, LEAST_ROWS, FEW_ROWS, TINY, int8_levels())
 
     def __call__(self, x: Tensor, cache: "KVCache") -> Tensor:
         """The residual stream (B, 1, dim), float32, behind the filled part of a cache."""

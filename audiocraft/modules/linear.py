@@ -4,10 +4,16 @@ A decoding step has one row per branch of guidance, so that reading the weights 
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    Packed = Any
+else:
+    Packed = torch.classes.quantized.LinearPackedParamsBase  # TorchScript reads annotations
 
 
 def _is_intel() -> bool:
@@ -32,11 +38,44 @@ def int8_supported() -> bool:
     )
 
 
-def int8_input() -> tuple[float, int]:
-    """Scale and zero of an input between -1 and 1 as integers."""
-    # Without VNNI pairs of products are summed in 16 bits, so inputs take 7.
-    levels = 127 if torch.cpu._is_vnni_supported() else 63  # noqa: SLF001 - no public name
-    return 1 / levels, levels + 1
+def int8_levels() -> int:
+    """Magnitudes that a part of an input has as an integer, besides 0: 127, or 63 without VNNI.
+
+    There pairs of products are summed in 16 bits, so inputs take 7.
+    """
+    return 127 if torch.cpu._is_vnni_supported() else 63  # noqa: SLF001 - no public name
+
+
+def multiply_int8(x: Tensor, packed: Packed, levels: int, tiny: float) -> Tensor:
+    """An input times an `Int8Weight`; TorchScript can compile it.
+
+    A row is scaled by its largest magnitude. Of 63 levels it takes two parts, the second of what
+    rounding leaves of the first: with one alone, the bundled model's KL to float32 was 0.0029. Both
+    are rows of one product, which reads the weight once.
+
+    Args:
+        x: (..., in), float32.
+        packed: see `Int8Weight`.
+        levels: of `int8_levels`.
+        tiny: `TINY`.
+
+    Returns:
+        (..., out), float32.
+    """
+    largest = x.abs().amax(dim=-1, keepdim=True).clamp_min(tiny)
+    scale, zero = 1 / levels, levels + 1
+    exact = x / largest
+    if levels == 127:  # noqa: PLR2004 - TorchScript knows no constants of a module
+        whole: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            exact, scale, zero, packed
+        )
+        return whole * largest
+    steps = (exact * levels).round()
+    inputs = torch.stack([steps * scale, 2 * (exact * levels - steps)])
+    parts: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+        inputs, scale, zero, packed
+    )
+    return (parts[0] + parts[1] * (scale / 2)) * largest
 
 
 def linear(x: Tensor, weight: "Tensor | Int8Weight", bias: Tensor | None = None) -> Tensor:
@@ -111,9 +150,5 @@ class Int8Weight:
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., in) to (..., out), float32."""
-        largest = x.abs().amax(dim=-1, keepdim=True).clamp_min(TINY)
-        y: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            x / largest, *int8_input(), self.packed
-        )
-        y = y * largest
+        y = multiply_int8(x, self.packed, int8_levels(), TINY)
         return y if bias is None else y + bias

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from audiocraft.modules.linear import Int8Weight, Linear, int8_supported, linear
+from audiocraft.modules.linear import Int8Weight, Linear, int8_levels, int8_supported, linear
 
 needs_int8 = pytest.mark.skipif(not int8_supported(), reason="this CPU's torch has no int8 kernels")
 
@@ -47,14 +47,16 @@ def test_gradients_reach_input_and_weight():
 
 
 @needs_int8
+@pytest.mark.parametrize("levels", sorted({63, int8_levels()}))
 @pytest.mark.parametrize("rows", [1, 2, 5, 40])
 @torch.no_grad()
-def test_int8_is_its_integer_arithmetic(rows):
+def test_int8_is_its_integer_arithmetic(monkeypatch, rows, levels):
+    monkeypatch.setattr("audiocraft.modules.linear.int8_levels", lambda: levels)
     weight, x, bias = numbers(48, 64), numbers(rows, 1, 64), numbers(48)
     x[0] *= 50  # each row has a scale of its own
-    levels = 127 if torch.cpu._is_vnni_supported() else 63
+    steps = levels if levels == 127 else 63 * 126  # in two parts
     weight_scale = weight.abs().amax(1, keepdim=True).double() / 127
-    input_scale = x.abs().amax(-1, keepdim=True).double() / levels
+    input_scale = x.abs().amax(-1, keepdim=True).double() / steps
     integers = (x / input_scale).round() @ (weight / weight_scale).round().t()
     expected = integers * input_scale * weight_scale[:, 0] + bias
     ours = Int8Weight(weight)(x, bias)
