@@ -303,8 +303,8 @@ def test_the_codec_works_on_the_gpu(case, form, frames):
         audio = ours.decode(codes, scale)
         assert audio.shape == (2, ours.channels, frames * 640)
         decoder = ours.stream(scale)
-        pieces = [decoder.push(piece) for piece in codes.split([1, 0, codes.shape[-1] - 1], dim=-1)]
-        pieces.append(decoder.flush())
+        cuts = codes.split([1, 0, codes.shape[-1] - 1, 0], dim=-1)
+        pieces = [decoder.push(piece, piece is cuts[-1]) for piece in cuts]
         assert torch.cat(pieces, dim=-1).shape == audio.shape
         assert places([codes, scale, audio, pieces]) == {CUDA}
         assert codes.dtype == torch.long

@@ -130,7 +130,8 @@ def _clips(codec: InterleaveStereoCompressionModel) -> Iterator[tuple[Tensor, Te
 
 def _latents(codec: InterleaveStereoCompressionModel, codes: Tensor) -> Tensor:
     """Latents (2, D, F) of both channels of an item's codes (1, K, F)."""
-    return torch.cat([codec.model.decode_latent(part) for part in codec.split(codes)])
+    parts = codec.get_left_right_codes(codes)
+    return torch.cat([codec.model.decode_latent(part) for part in parts])
 
 
 @torch.no_grad()

@@ -150,10 +150,12 @@ def find_folder(
     if all((folder / name).is_file() for name in filenames):
         return folder
     _check_repo_id(repo_id)
-    # The hub's cache serves only where it has all of them: they must lie in one folder.
-    cached = [try_to_load_from_cache(repo_id, name) for name in filenames]
-    if all(isinstance(path, str) for path in cached):
-        return Path(str(cached[0])).parent
+    # Official programs fetch a T5 by the name that it had before the hub gave it an owner.
+    for known_as in (repo_id, repo_id.removeprefix("google-t5/")):
+        # The hub's cache serves only where it has all of them: they must lie in one folder.
+        cached = [try_to_load_from_cache(known_as, name) for name in filenames]
+        if all(isinstance(path, str) for path in cached):
+            return Path(str(cached[0])).parent
     return None
 
 

@@ -7,13 +7,13 @@ dropped and the rest is the prompt of the next. Golden test: `generate_greedy`, 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from audiocraft.modules.seanet import BLOCK_FRAMES
-from audiocraft.modules.streaming import joined
+from audiocraft.modules.streaming import Stream, joined
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,6 @@ def generate_windows(
     return codes
 
 
-class Decoder(Protocol):
-    """A codec's decoder on its way through one clip; see `StreamingDecoder`."""
-
-    def push(self, codes: Tensor, last: bool = False) -> Tensor:
-        """Audio [B, C, n] of the next codes [B, K, frames]; `last` ends the clip."""
-
-
 class DecodingBehind:
     """Decodes finished windows while the next one is generated.
 
@@ -100,11 +93,11 @@ class DecodingBehind:
     the whole cuts it, so that the audio is the same bit for bit.
 
     Args:
-        decoder: at the beginning of the clip.
+        decoder: a codec's, at the beginning of the clip.
         device: where it runs.
     """
 
-    def __init__(self, decoder: Decoder, device: torch.device) -> None:
+    def __init__(self, decoder: Stream, device: torch.device) -> None:
         self._decoder = decoder
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":

@@ -192,9 +192,13 @@ def get_compression_model(cfg: DictConfig) -> CompressionModel:
 
 
 def get_wrapped_compression_model(model: CompressionModel, cfg: DictConfig) -> CompressionModel:
-    """The codec as the language model of `cfg` uses it: stereo, and with fewer codebooks."""
+    """The codec as the language model of `cfg` uses it: stereo, and with fewer codebooks.
+
+    One that is so already is returned as it is.
+    """
     interleave = cfg.get("interleave_stereo_codebooks")
-    if interleave is not None and interleave.use:
+    wrapped = isinstance(model, InterleaveStereoCompressionModel)
+    if interleave is not None and interleave.use and not wrapped:
         model = InterleaveStereoCompressionModel(model, interleave.get("per_timestep", False))
     if cfg.get("compression_model_n_q") is not None:
         model.set_num_codebooks(cfg.compression_model_n_q)

@@ -22,7 +22,7 @@ from audiocraft.modules.seanet import (
     SEANetEncoder,
     is_short,
 )
-from audiocraft.modules.streaming import collect, joined, records_gradients, rest, split
+from audiocraft.modules.streaming import Stream, collect, joined, records_gradients, rest, split
 from audiocraft.progress import ProgressLog
 from audiocraft.quantization.vq import ResidualVectorQuantizer
 
@@ -78,26 +78,6 @@ class QuantizedResult:
     bandwidth: Tensor
 
 
-class StreamingDecoder(ABC):
-    """A codec's decoder on its way through one clip; see `CompressionModel.stream`."""
-
-    @abstractmethod
-    def push(self, codes: Tensor, last: bool = False) -> Tensor:
-        """Take the next codes.
-
-        Args:
-            codes: [B, K, frames], frames >= 0.
-            last: the clip ends with them.
-
-        Returns:
-            Audio [B, C, n], n >= 0, behind what was given before: all that is final.
-        """
-
-    @abstractmethod
-    def flush(self) -> Tensor:
-        """End the clip; the rest of its audio [B, C, n]."""
-
-
 class CompressionModel(ABC, nn.Module):
     """Audio to codes and back."""
 
@@ -129,8 +109,8 @@ class CompressionModel(ABC, nn.Module):
         """Audio [B, C, frames * hop] of codes and scale."""
 
     @abstractmethod
-    def stream(self, scale: Tensor | None = None) -> StreamingDecoder:
-        """A decoder for codes that come piece by piece.
+    def stream(self, scale: Tensor | None = None) -> Stream:
+        """A decoder for codes [B, K, frames] that come piece by piece, giving audio [B, C, n].
 
         However they are cut, the pieces of audio together are what `decode` gives.
         """
@@ -262,38 +242,29 @@ def _reported(pieces: "Iterator[Tensor]", total: int, progress: ProgressLog) -> 
 
 
 @dataclass
-class EncodecStreamingDecoder(StreamingDecoder):
+class EncodecStreamingDecoder:
     """EnCodec's decoder on its way through one clip.
 
     Attributes:
         codec: the codec.
         decoder: the state of its decoder.
         scale: [B, 1], or None.
-        end: no codes, in the shape of those that came.
     """
 
     codec: EncodecModel
     decoder: DecoderStream
     scale: Tensor | None
-    end: Tensor | None = None
 
     @torch.no_grad()
     @exact()
-    def push(self, codes: Tensor, last: bool = False) -> Tensor:
+    def push(self, codes: Tensor, last: bool) -> Tensor:
         """Take the next codes [B, K, frames] and give all audio that is final."""
-        self.end = codes[..., :0]
         audio = [
             self.decoder.push(self.codec.decode_latent(piece), last and end)
             for piece, end in split(codes, BLOCK_FRAMES)
         ]
         out = torch.cat(audio, dim=-1)
         return out if self.scale is None else out * self.scale[:, :, None]
-
-    def flush(self) -> Tensor:
-        """End the clip; the rest of its audio [B, C, n]."""
-        if self.end is None:
-            raise InputError("There is no audio without codes; push some before the flush.")
-        return self.push(self.end, last=True)
 
 
 class InterleaveStereoCompressionModel(CompressionModel):
@@ -350,7 +321,7 @@ class InterleaveStereoCompressionModel(CompressionModel):
             codes = codes.transpose(1, 2).flatten(1, 2)
         return codes, None if scale is None else scale.view(-1, 2)
 
-    def split(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+    def get_left_right_codes(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Codes of the left and of the right channel, as the mono codec has them."""
         if self.per_timestep:
             return codes[..., 0::2], codes[..., 1::2]
@@ -358,7 +329,7 @@ class InterleaveStereoCompressionModel(CompressionModel):
 
     def stacked(self, codes: Tensor) -> Tensor:
         """Codes of both channels as rows [L, R, L, R, ...] of the mono codec."""
-        return torch.stack(self.split(codes), dim=1).flatten(0, 1)
+        return torch.stack(self.get_left_right_codes(codes), dim=1).flatten(0, 1)
 
     def decode(self, codes: Tensor, scale: Tensor | None = None) -> Tensor:
         """Stereo audio [B, 2, T] of codes and scale [B, 2]."""
@@ -377,7 +348,7 @@ class InterleaveStereoCompressionModel(CompressionModel):
 
 
 @dataclass
-class StereoStreamingDecoder(StreamingDecoder):
+class StereoStreamingDecoder:
     """Stereo on its way through one clip: the channels are rows of a mono decoder.
 
     Attributes:
@@ -387,20 +358,13 @@ class StereoStreamingDecoder(StreamingDecoder):
     """
 
     codec: InterleaveStereoCompressionModel
-    mono: StreamingDecoder
+    mono: Stream
     held: Tensor | None = None
 
-    def push(self, codes: Tensor, last: bool = False) -> Tensor:
+    def push(self, codes: Tensor, last: bool) -> Tensor:
         """Take the next codes [B, K, steps] and give all audio that is final."""
         codes = joined(self.held, codes)
         whole = codes.shape[-1] - codes.shape[-1] % self.codec.num_virtual_steps
         self.held = rest(codes, whole)
-        return self._stereo(self.mono.push(self.codec.stacked(codes[..., :whole]), last))
-
-    def flush(self) -> Tensor:
-        """End the clip; the rest of its audio [B, 2, n]."""
-        return self._stereo(self.mono.flush())
-
-    @staticmethod
-    def _stereo(wav: Tensor) -> Tensor:
+        wav = self.mono.push(self.codec.stacked(codes[..., :whole]), last)
         return wav.reshape(len(wav) // 2, 2, wav.shape[-1])

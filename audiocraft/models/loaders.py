@@ -131,6 +131,9 @@ def _read_torch(path: Path, name: str) -> Checkpoint:
         return Checkpoint(name, {}, pretrained=str(package["pretrained"]))
     # Exports have best_state; training checkpoints best_state.model; older fine-tunes model.
     state = package["best_state"] if "best_state" in package else package.get("model")
+    whole = package.get("fsdp_best_state")  # empty but in sharded training, which cuts best_state
+    if isinstance(whole, dict) and whole:
+        state = whole
     if isinstance(state, dict) and "model" in state:
         state = state["model"]
     if not isinstance(state, dict) or not all(
@@ -363,6 +366,19 @@ def official_key(key: str) -> str:
     return re.sub(r"(attn|attention)\.mha\.", r"\1.", key)
 
 
+def check_codec_config(name: str, cfg: DictConfig | None) -> DictConfig:
+    """The configuration of a codec, if it is one in its outlines.
+
+    Raises:
+        WeightsError: it is none, naming the file.
+    """
+    if cfg is None or "seanet" not in cfg:
+        raise WeightsError(
+            f"{name} has no xp.cfg of a codec; give an official export of an EnCodec."
+        )
+    return cfg
+
+
 def _check_depth(name: str, cfg: DictConfig, state: Mapping[str, Tensor]) -> None:
     """Refuse a configuration of more layers than the file has tensors: building them takes hours.
 
@@ -423,12 +439,9 @@ def _load_codec(
         beside = path.parent / checkpoint.pretrained
         target = str(beside) if beside.exists() else checkpoint.pretrained
         return _load_codec(target, device, cache_dir, (*pointers, path.resolve()))
-    if checkpoint.cfg is None or "seanet" not in checkpoint.cfg:
-        raise WeightsError(
-            f"{path.name} has no xp.cfg of a codec; give an official export of an EnCodec."
-        )
+    cfg = check_codec_config(checkpoint.name, checkpoint.cfg)
     with config_in_use(checkpoint.name), torch.device("meta"):
-        model = get_compression_model(checkpoint.cfg)
+        model = get_compression_model(cfg)
     assign_state(model, checkpoint.state, device, name=checkpoint.name)
     return model.eval()
 

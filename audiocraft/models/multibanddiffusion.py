@@ -30,6 +30,7 @@ from audiocraft.models.loaders import (
     read_package,
 )
 from audiocraft.modules.band_filters import CHUNK, band_stds, low_pass_filters, weighted_bands
+from audiocraft.modules.device import default_device
 from audiocraft.modules.diffusion_schedule import MultiBandProcessor, NoiseSchedule
 from audiocraft.modules.unet_diffusion import DiffusionUnet, UnetConfig
 
@@ -155,7 +156,7 @@ class MultiBandDiffusion:
         if device is None and codec_model is not None:
             device = next(codec_model.parameters()).device
         if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = default_device()
         bands = load_diffusion_models(source, device)
         if codec_model is None:
             codec_model = load_compression_model(PARTS["encodec_32khz"][0], device)
@@ -346,7 +347,8 @@ class MultiBandDiffusion:
         codec = self.codec_model
         if not isinstance(codec, InterleaveStereoCompressionModel):
             return codec.decode_latent(codes)[:, None]
-        return torch.stack([codec.model.decode_latent(part) for part in codec.split(codes)], dim=1)
+        parts = codec.get_left_right_codes(codes)
+        return torch.stack([codec.model.decode_latent(part) for part in parts], dim=1)
 
     def _generate(
         self, latents: Tensor, samples: int, seed: int | None, progress: ProgressCallback | None

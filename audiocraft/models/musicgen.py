@@ -22,11 +22,16 @@ from audiocraft.generation.windows import (
     loop_window,
     plan_windows,
 )
-from audiocraft.models.builders import get_debug_compression_model, get_debug_lm_model
+from audiocraft.models.builders import (
+    get_debug_compression_model,
+    get_debug_lm_model,
+    get_wrapped_compression_model,
+)
 from audiocraft.models.encodec import CompressionModel, exact
 from audiocraft.models.finetunes import load_any
 from audiocraft.models.lm import LMModel
 from audiocraft.modules.conditioners import ConditioningAttributes, WavCondition
+from audiocraft.modules.device import default_device
 from audiocraft.modules.precision import Precision, check_precision
 
 _DEFAULT_CONTEXT = 30.0
@@ -39,7 +44,7 @@ class MusicGen:
 
     Args:
         name: for messages.
-        compression_model: the codec, stereo where the language model is.
+        compression_model: the codec; a mono one is made stereo where the language model is.
         lm: the language model.
         max_duration: context in seconds; that of the training configuration if not given.
 
@@ -57,6 +62,8 @@ class MusicGen:
         lm: LMModel,
         max_duration: float | None = None,
     ) -> None:
+        if lm.cfg is not None:
+            compression_model = get_wrapped_compression_model(compression_model, lm.cfg)
         self.name = name
         self.compression_model = compression_model
         self.lm = lm
@@ -94,7 +101,7 @@ class MusicGen:
             AssetError: they cannot be fetched.
         """
         if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = default_device()
         chosen = check_precision(precision, torch.device(device))
         if name == "debug":
             lm, codec = get_debug_lm_model(device), get_debug_compression_model(device)

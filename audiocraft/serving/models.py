@@ -42,6 +42,7 @@ from audiocraft.models.musicgen import MusicGen
 from audiocraft.models.shapes import shape_of
 from audiocraft.models.versions import VERSIONS
 from audiocraft.modules.conditioners import ChromaStemConditioner, T5Conditioner
+from audiocraft.modules.device import default_device
 from audiocraft.modules.precision import check_precision, int8_bytes, weight_dtype
 from audiocraft.modules.stems import StemSeparator
 from audiocraft.modules.transformer import attention_dtype
@@ -128,8 +129,7 @@ class ModelCache:
         budget: int | None = None,
         precision: str | None = None,
     ) -> None:
-        default = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(default) if device is None else device
+        self.device = default_device() if device is None else device
         self._budget = budget
         self._precision = check_precision(precision, self.device)
         self._dtype = weight_dtype(self._precision)

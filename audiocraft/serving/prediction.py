@@ -31,8 +31,8 @@ from audiocraft.models.finetunes import FineTune, read_finetune
 from audiocraft.models.multibanddiffusion import MultiBandDiffusion
 from audiocraft.models.musicgen import MusicGen
 from audiocraft.models.versions import VERSIONS
+from audiocraft.modules.device import device_warning
 from audiocraft.progress import ProgressLog
-from audiocraft.serving.device import device_warning
 from audiocraft.serving.models import ModelCache, Selection
 from audiocraft.serving.worker import checked_path, is_url, log_to_stderr, temporary_folder_needed
 

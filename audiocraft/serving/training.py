@@ -12,10 +12,10 @@ from audiocraft.data.labels import Vocabularies
 from audiocraft.errors import InputError
 from audiocraft.models.shapes import shape_of
 from audiocraft.models.versions import VERSIONS
-from audiocraft.serving.device import device_warning
+from audiocraft.modules.device import device_warning
 from audiocraft.serving.worker import checked_path, local_files_allowed, log_to_stderr
+from audiocraft.solvers.devices import find_devices
 from audiocraft.solvers.job import TrainingJob
-from audiocraft.solvers.memory import find_devices
 from audiocraft.solvers.optimizers import OPTIMIZERS, OptimizerName, learning_rate
 from audiocraft.solvers.run import describe_run, run_job
 from audiocraft.solvers.schedules import SCHEDULES, ScheduleName

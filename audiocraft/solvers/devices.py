@@ -98,7 +98,9 @@ def _find() -> list[dict[str, Any]]:
     """The devices as seen from inside; each then has a context of this process."""
     import torch
 
-    if not torch.cuda.is_available():
+    from audiocraft.modules.device import default_device
+
+    if default_device().type != "cuda":
         return []
     devices = []
     for index in range(torch.cuda.device_count()):

@@ -17,6 +17,7 @@ from audiocraft.models.finetunes import FineTune, check_base, merged_state, read
 from audiocraft.models.loaders import (
     CODEC_FILE,
     LM_FILE,
+    check_codec_config,
     find_file,
     official_key,
     read_checkpoint,
@@ -47,13 +48,26 @@ def export_encodec(checkpoint_path: Path | str, out_file: Path | str) -> Path:
     return _write(_package(checkpoint_path), out_file)
 
 
-def export_pretrained_compression_model(pretrained_encodec: str, out_file: Path | str) -> Path:
-    """Write a pointer to a codec, such as `facebook/encodec_32khz`, instead of its weights.
+def export_pretrained_compression_model(
+    pretrained_encodec: Path | str, out_file: Path | str
+) -> Path:
+    """Write the codec of a release whose language model was trained on an existing one.
+
+    Args:
+        pretrained_encodec: name of a codec, such as `facebook/encodec_32khz`, to which a pointer is
+            written instead of its weights; or file of an exported one, which is copied.
+        out_file: file to write.
+
+    Returns:
+        The file.
 
     Raises:
+        WeightsError: the file to copy is not one of a codec.
         InputError: the file cannot be written.
     """
-    return _write({"pretrained": pretrained_encodec}, out_file)
+    path = Path(pretrained_encodec)
+    package = _codec_package(path) if path.is_file() else {"pretrained": str(pretrained_encodec)}
+    return _write(package, out_file)
 
 
 def export_release(weights: Path | str, folder: Path | str, version: str | None = None) -> Path:
@@ -97,8 +111,7 @@ def export_release(weights: Path | str, folder: Path | str, version: str | None 
     codec = find_file(VERSIONS[base].source, CODEC_FILE)
     state, cfg = _whole(tuned, base)
     half = {key: tensor.to(torch.float16) for key, tensor in state.items()}
-    pointed = read_checkpoint(codec).pretrained
-    compression = _package(codec) if pointed is None else {"pretrained": pointed}
+    compression = _codec_package(codec)
     text_encoder = text_encoder_of(codec)
     with _writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -131,6 +144,15 @@ def _package(checkpoint_path: Path | str) -> dict[str, Any]:
     if checkpoint.cfg is None or not checkpoint.state:
         raise WeightsError(f"{path.name} has no xp.cfg or no state; give a training checkpoint.")
     return {"best_state": dict(checkpoint.state), "xp.cfg": OmegaConf.to_yaml(checkpoint.cfg)}
+
+
+def _codec_package(path: Path) -> dict[str, Any]:
+    """A codec's file as an export; a pointer stays one."""
+    checkpoint = read_checkpoint(path)
+    if checkpoint.pretrained is not None:
+        return {"pretrained": checkpoint.pretrained}
+    check_codec_config(checkpoint.name, checkpoint.cfg)
+    return _package(path)
 
 
 def _write(package: Mapping[str, Any], out_file: Path | str) -> Path:

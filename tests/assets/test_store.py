@@ -41,10 +41,10 @@ def store(tmp_path, monkeypatch):
 def hub_cache(tmp_path):
     """Puts files into the hub's own cache, as another program would have."""
     revision = "a" * 40
-    repo = tmp_path / "hub" / "models--google-t5--t5-base"
-    snapshot = repo / "snapshots" / revision
 
-    def put(*names):
+    def put(*names, repo_id=REPO):
+        repo = tmp_path / "hub" / f"models--{repo_id.replace('/', '--')}"
+        snapshot = repo / "snapshots" / revision
         snapshot.mkdir(parents=True, exist_ok=True)
         (repo / "refs").mkdir(exist_ok=True)
         (repo / "refs/main").write_text(revision)
@@ -102,6 +102,17 @@ def test_the_hubs_own_cache_is_used(hub_cache):
     snapshot = hub_cache("config.json", "tokenizer.json")
     assert fetch_folder(REPO, ["config.json", "tokenizer.json"]) == snapshot
     assert fetch_first(REPO, ["none.json", "config.json"]) == snapshot / "config.json"
+
+
+@pytest.mark.usefixtures("store")
+def test_a_text_encoder_that_an_official_program_fetched_is_used(hub_cache):
+    """Under the name that it had on the hub before; it is never asked for by that."""
+    older = hub_cache("config.json", "model.safetensors", repo_id="t5-base")
+    assert fetch_folder(REPO, ["config.json", "model.safetensors"]) == older
+    with pytest.raises(AssetError, match=rf"^config\.json of {REPO} is not in .*/{REPO} and"):
+        fetch_folder(REPO, ["config.json", "tokenizer.json"])
+    newer = hub_cache("config.json")
+    assert fetch_folder(REPO, ["config.json"]) == newer
 
 
 def test_files_that_belong_together_lie_in_one_folder(store, hub_cache):

@@ -79,7 +79,7 @@ def test_stereo(kind):
     codes, scale = model.encode(golden["wav"])
     assert scale is None
     assert torch.equal(codes, golden[f"{kind}.codes"])
-    left, right = model.split(codes)
+    left, right = model.get_left_right_codes(codes)
     assert torch.equal(left, golden[f"{kind}.left"])
     assert torch.equal(right, golden[f"{kind}.right"])
     torch.testing.assert_close(model.decode(codes), golden[f"{kind}.decoded"], **AUDIO)

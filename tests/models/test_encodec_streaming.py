@@ -11,13 +11,12 @@ from omegaconf import OmegaConf
 
 from audiocraft.data.audio import audio_read
 from audiocraft.data.audio_utils import convert_audio
-from audiocraft.errors import InputError
 from audiocraft.models.builders import get_compression_model
 from audiocraft.models.encodec import InterleaveStereoCompressionModel
 from audiocraft.modules import seanet
 from tests.golden_data import GOLDEN
 from tests.models.test_encodec import codec
-from tests.modules.test_streaming import draws
+from tests.modules.test_streaming import draws, pieces
 from tests.project import ROOT
 
 AUDIO = {"rtol": 0, "atol": 1e-5}
@@ -181,7 +180,7 @@ def test_a_gpu_rounds_no_more_than_a_cpu(settings, monkeypatch):
         monkeypatch.setattr(model.quantizer, name, note(getattr(model.quantizer, name)))
     codes, _ = model.encode(torch.zeros(1, 1, 6400))
     model.decode(codes)
-    model.stream().push(codes)
+    model.stream().push(codes, last=True)
     assert len(seen) == 3
     assert all("tf32" not in precisions and deterministic for precisions, deterministic in seen)
     assert now() == before
@@ -208,20 +207,16 @@ def test_streamed_pieces_are_what_decode_gives(case, stereo):
         scale = torch.rand(2, model.channels) if case == "renorm" else None
         expected = model.decode(codes, scale).detach()
         for sizes in ([1], [frames * half], [1, 2, 7, 60], [0, 3]):
-            decoder, pieces, start = model.stream(scale), [], 0
-            while start < codes.shape[-1]:
-                size = rng.choice(sizes)
-                pieces.append(decoder.push(codes[..., start : start + size]))
-                start += size
-            pieces.append(decoder.flush())
-            assert not pieces[-1].requires_grad
-            torch.testing.assert_close(torch.cat(pieces, dim=-1), expected, **AUDIO)
+            decoder = model.stream(scale)
+            audio = [decoder.push(piece, last) for piece, last in pieces(codes, rng, sizes)]
+            assert not audio[-1].requires_grad
+            torch.testing.assert_close(torch.cat(audio, dim=-1), expected, **AUDIO)
 
 
 def test_a_streaming_decoder_waits_for_few_frames():
     """Audio is given but for what the next frames change."""
     decoder = codec().stream()
-    given = [decoder.push(tiny_codes(1)).shape[-1] for _ in range(30)]
+    given = [decoder.push(tiny_codes(1), last=False).shape[-1] for _ in range(30)]
     assert max(given) == 640
     assert sum(given) > 24 * 640
     assert given[-1] == 640
@@ -230,13 +225,8 @@ def test_a_streaming_decoder_waits_for_few_frames():
 def test_the_last_codes_may_end_the_clip():
     model, codes = codec(), tiny_codes(30)
     decoder = model.stream()
-    pieces = [decoder.push(codes[..., :10]), decoder.push(codes[..., 10:], last=True)]
-    torch.testing.assert_close(torch.cat(pieces, dim=-1), model.decode(codes), **AUDIO)
-
-
-def test_no_codes_are_no_audio():
-    with pytest.raises(InputError, match="no audio without codes"):
-        codec().stream().flush()
+    audio = [decoder.push(codes[..., :10], last=False), decoder.push(codes[..., 10:], last=True)]
+    torch.testing.assert_close(torch.cat(audio, dim=-1), model.decode(codes), **AUDIO)
 
 
 @torch.no_grad()

@@ -191,6 +191,11 @@ def test_training_checkpoints_and_older_fine_tunes(release):
     }
     torch.save(checkpoint, folder / "state_dict.bin")
     assert same(load_lm_model(folder), state)
+    part = {"_fsdp_wrapped_module.emb.0._flat_param": torch.zeros(10)}
+    for best, whole in (({"model": part}, {"model": state}), ({"model": state}, {})):
+        checkpoint |= {"best_state": best, "fsdp_best_state": whole}
+        torch.save(checkpoint, folder / "state_dict.bin")
+        assert same(load_lm_model(folder), state)
     torch.save({"xp.cfg": cfg, "model": state}, folder / "state_dict.bin")
     assert same(load_lm_model(folder), state)
     deeper = re.compile("(attn|attention)[.]")

@@ -151,7 +151,7 @@ def test_a_channel_hears_nothing_of_the_other(stereo, mono):
     tokens = codes_of(8, 10)
     latents = stereo._latents(tokens)
     both = stereo._generate(latents, 6400, 2, None)
-    left, right = stereo.codec_model.split(tokens)
+    left, right = stereo.codec_model.get_left_right_codes(tokens)
     for channel, codes in enumerate((left, right)):
         alone = mono.generate(mono.codec_model.decode_latent(codes), seeds=[2])
         torch.testing.assert_close(both[:, channel : channel + 1], alone, rtol=0, atol=1e-4)

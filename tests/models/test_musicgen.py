@@ -8,6 +8,7 @@ import torch
 from audiocraft.data.audio_utils import convert_audio
 from audiocraft.errors import InputError
 from audiocraft.models import MusicGen
+from audiocraft.models.loaders import load_compression_model, load_lm_model
 from audiocraft.models.versions import VERSIONS
 from tests.golden_data import load, meta
 
@@ -71,6 +72,21 @@ def test_tokens(release, case):
     if f"{case}_wav" in golden:
         head = golden[f"{case}_wav"]
         torch.testing.assert_close(wav[..., : head.shape[-1]], head, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mono", "stereo"])
+def test_official_programs_put_the_models_together_themselves(release, kind):
+    """The codec is stereo where the language model is, and only once."""
+    folder = release(kind)
+    by_hand = MusicGen("mine", load_compression_model(folder), load_lm_model(folder))
+    heard = []
+    for model in (by_hand, MusicGen.get_pretrained(folder, device="cpu")):
+        model.set_generation_params(duration=0.5, seed=3)
+        heard.append(model.generate(["a song"]))
+    assert list(heard[0].shape) == [1, 2 if kind == "stereo" else 1, 16000]
+    assert torch.equal(*heard)
+    again = MusicGen("mine", by_hand.compression_model, by_hand.lm)
+    assert again.compression_model is by_hand.compression_model
 
 
 @pytest.fixture(scope="module")

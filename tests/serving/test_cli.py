@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from audiocraft.errors import InputError
 from audiocraft.serving import cli, outputs
@@ -19,7 +18,6 @@ from audiocraft.serving.arguments import (
     parse_inputs,
     parse_json,
 )
-from audiocraft.serving.device import device_warning
 from audiocraft.serving.server import CogServer, plain_message
 
 SCHEMA: dict[str, Any] = {
@@ -518,43 +516,6 @@ def test_a_schema_that_cannot_be_written(
 )
 def test_messages_without_wrapping(text: str, message: str) -> None:
     assert plain_message(text) == message
-
-
-# A device that torch cannot use
-
-
-def fake_nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, listing: str) -> None:
-    command = folder / "nvidia-smi"
-    command.write_text(f"#!/bin/sh\nprintf '{listing}'\n")
-    command.chmod(0o755)
-    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
-
-
-def test_a_device_that_torch_cannot_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_nvidia_smi(tmp_path, monkeypatch, r"GPU 0: NVIDIA H200 (UUID: GPU-1)\n")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert device_warning() is None
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    warning = device_warning()
-    assert warning is not None
-    assert warning.startswith("Warning: GPU 0: NVIDIA H200 is there, but torch")
-
-
-@pytest.mark.parametrize(("visible", "warns"), [("", False), ("-1", False), ("0", True)])
-def test_a_device_that_the_user_hides_is_not_missed(
-    visible: str, warns: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake_nvidia_smi(tmp_path, monkeypatch, r"GPU 0: NVIDIA H200 (UUID: GPU-1)\n")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert (device_warning() is not None) == warns
-
-
-def test_no_device_no_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_nvidia_smi(tmp_path, monkeypatch, r"No devices were found\n")
-    assert device_warning() is None
-    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    assert device_warning() is None
 
 
 @pytest.mark.parametrize(

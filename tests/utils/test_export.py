@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from audiocraft.errors import InputError, WeightsError
 from audiocraft.models import MusicGen
 from audiocraft.models.finetunes import load_any
-from audiocraft.models.loaders import load_models
+from audiocraft.models.loaders import load_compression_model, load_models
 from audiocraft.serving.export import main
 from audiocraft.utils.export import (
     export_encodec,
@@ -58,6 +58,27 @@ def test_a_pointer(tmp_path):
     package = torch.load(out, weights_only=True)
     assert package.pop("version")
     assert package == {"pretrained": "facebook/encodec_32khz", "exported": True}
+
+
+def test_a_codec_in_a_file_is_copied(tmp_path):
+    """So that a release folder that is moved keeps it; a pointer in a file stays one."""
+    release, out = GOLDEN / "tiny_release/mono", tmp_path / "out.bin"
+    codec = release / "compression_state_dict.bin"
+    for given in (codec, str(codec)):
+        assert export_pretrained_compression_model(given, out) == out
+        package = torch.load(out, weights_only=True)
+        assert package.keys() == {"best_state", "xp.cfg", "version", "exported"}
+        expected = load_compression_model(codec).state_dict()
+        copied = load_compression_model(out).state_dict()
+        assert copied.keys() == expected.keys()
+        assert all(torch.equal(copied[key], expected[key]) for key in expected)
+    pointer = export_pretrained_compression_model("facebook/encodec_32khz", tmp_path / "pointer")
+    export_pretrained_compression_model(pointer, out)
+    assert torch.load(out, weights_only=True)["pretrained"] == "facebook/encodec_32khz"
+    before = out.read_bytes()
+    with pytest.raises(WeightsError, match=r"^state_dict\.bin has no xp\.cfg of a codec; give an"):
+        export_pretrained_compression_model(release / "state_dict.bin", out)
+    assert out.read_bytes() == before
 
 
 def test_what_has_no_configuration_is_refused(tmp_path):
@@ -241,6 +262,7 @@ def test_a_file_that_cannot_be_written(tmp_path, limit_files):
         export_encodec(checkpoint.with_name("compression_state_dict.bin"), tmp_path / "new/out.bin")
     assert list(tmp_path.iterdir()) == [out]
     assert out.read_bytes() == b"before"
+
 
 
 def test_the_command(store, tmp_path, capsys):
