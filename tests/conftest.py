@@ -16,10 +16,19 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `-m gpu` other files are not imported: a GPU's machine may lack what those need."""
-    if config.option.markexpr != "gpu" or not collection_path.name.startswith("test_"):
+    """With `-m gpu` no other file is imported: a GPU's machine may lack what those need.
+
+    Nor is a folder's conftest.py, where none of its files has such tests.
+    """
+    if config.option.markexpr != "gpu":
         return None
-    return "mark.gpu" not in collection_path.read_text() or None
+    if collection_path.is_dir():
+        files = list(collection_path.rglob("test_*.py"))
+    elif collection_path.name.startswith("test_"):
+        files = [collection_path]
+    else:
+        return None
+    return not any("mark.gpu" in path.read_text() for path in files) or None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,11 +9,14 @@ import sys
 import tempfile
 import time
 import tomllib
+from fnmatch import fnmatchcase
 from importlib.metadata import distribution
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 import soundfile
+import torch
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -100,6 +103,51 @@ def test_no_more_is_declared_than_is_imported():
         for name, _ in imported_packages(ast.parse(path.read_text()))
     }
     assert set(DECLARED) - imported == {"audioop-lts"}  # pydub's
+
+
+def test_official_snippets_read_and_write_audio(tmp_path):
+    """They call torchaudio, which has torchcodec do it, of the version that goes with torch."""
+    import torchaudio
+
+    song = ROOT / "tests" / "audio" / "real_song.ogg"
+    expected, expected_rate = soundfile.read(song, dtype="float32")
+    wav, rate = torchaudio.load(song)
+    assert rate == expected_rate
+    torch.testing.assert_close(wav.T, torch.from_numpy(expected), rtol=0, atol=1e-4)
+    torchaudio.save(tmp_path / "song.wav", wav, rate)
+    written, rate = soundfile.read(tmp_path / "song.wav", dtype="float32")
+    assert rate == expected_rate
+    torch.testing.assert_close(torch.from_numpy(written).T, wav, rtol=0, atol=1e-4)
+
+
+# The image
+
+
+def test_the_image_has_a_gpu_and_what_the_packages_need():
+    build = yaml.safe_load((ROOT / "cog.yaml").read_text())["build"]
+    assert build["gpu"] is True
+    assert build["cuda"] == "12.8"
+    assert build["python_version"] == "3.11"  # a string: 3.10 would be 3.1
+    assert build["python_requirements"] == "requirements.txt"
+    assert {"ffmpeg", "gcc"} <= set(build["system_packages"])
+
+
+def test_fetched_models_are_in_the_image_and_not_in_git():
+    assert "/models/" in (ROOT / ".gitignore").read_text().splitlines()
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    rules = [line.strip("/") for line in lines if line and not line.startswith("#")]
+    patterns = {*rules, *(rule.removeprefix("**/") for rule in rules)}  # which may be no folder
+
+    def is_left_out(name):
+        path = PurePosixPath("models", name)
+        places = [str(place) for place in (path, *path.parents)]
+        return any(fnmatchcase(place, pattern) for place in places for pattern in patterns)
+
+    assert not is_left_out("facebook/musicgen-small/state_dict.bin")
+    assert not is_left_out("google-t5/t5-base/model.safetensors")
+    assert not is_left_out("adefossez/HTDemucs/htdemucs.yaml")
+    assert is_left_out("fine-tunes/0123.safetensors")
+    assert is_left_out("facebook/musicgen-small/state_dict.bin.part")
 
 
 # What pip does with it

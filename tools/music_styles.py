@@ -55,7 +55,7 @@ class Style:
 _BACKBEAT: Final = "....X.......X..."
 _EIGHTHS: Final = "x.o.x.o.x.o.x.o."
 _FLOOR: Final = "X...X...X...X..."
-_KEYS, _GUITARS, _STRINGS, _LEADS = (0, 1, 4, 5), (24, 25, 27), (48, 49, 50), (56, 65, 73, 80, 81)
+_KEYS, _STRINGS = (0, 1, 4, 5), (48, 49, 50)
 
 STYLES: Final = {
     "ballad": Style(

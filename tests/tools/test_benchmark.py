@@ -1,22 +1,28 @@
 """`scripts/benchmark`: real runs on small shapes, and its arithmetic against numbers by hand."""
 
+import argparse
 import json
+import subprocess
 import sys
 from abc import ABC
 from contextlib import nullcontext
+from importlib.metadata import distribution
 
 import pytest
 import torch
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from audiocraft.errors import InputError
+from audiocraft.models.encodec import EncodecModel
 from audiocraft.models.loaders import load_models
 from tests.golden_data import GOLDEN
-from tools.benchmark import generate, profile, request, start
+from tools.benchmark import generate, ours, profile, request, start
 from tools.benchmark.__main__ import COMMANDS, main
 from tools.benchmark.absent import AbsentPackages
 from tools.benchmark.generate import Plan, Scratch
-from tools.benchmark.processes import Packages, run_side
+from tools.benchmark.processes import BROUGHT, Packages, run_side
 from tools.benchmark.shapes import CODEC, DESCRIPTION, PUBLISHED, ROOT, TEXT_TOKENS, Shape
 from tools.benchmark.side import Job, StepClock
 from tools.benchmark.weights import random_state, write_release
@@ -132,6 +138,13 @@ def test_request_and_profile(place, packages):
     assert row["kernels"] > 20  # two layers cannot do with less
 
 
+def test_a_step_is_profiled_without_the_codec(place, monkeypatch):
+    monkeypatch.setattr(EncodecModel, "decode", None)
+    found = ours.profile(Job("profile", "cpu", release=str(place.release("small"))))
+    assert found["kernels"] > 20  # two layers cannot do with less
+    assert found["device_ms"] > 0
+
+
 @pytest.mark.gpu
 def test_a_gpu(place, packages):
     plan = Plan("small", (), 0.5, device="cuda", rounds=1)
@@ -170,6 +183,54 @@ def test_peers_do_not_get_what_our_commands_set(tmp_path, monkeypatch):
     assert folders.environment("ours")["GOMP_SPINCOUNT"] == "10000"
     for system in ("audiocraft", "transformers"):
         assert "GOMP_SPINCOUNT" not in folders.environment(system)
+
+
+# What is brought to a machine without a network
+
+THERE = {
+    *("joblib", "lazy-loader", "msgpack", "numba", "numpy", "packaging", "pyyaml", "requests"),
+    *("scikit-learn", "scipy", "torch", "typing-extensions"),
+}
+"""What they ask for, and such a machine has."""
+
+FOR_FILES = {"audioread", "soundfile", "soxr"}
+"""What librosa imports only with its functions for files."""
+
+
+def test_brought_packages_have_the_projects_versions():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    pins = {line.partition("  #")[0] for line in lines}
+    names = {pin.partition("==")[0] for pin in pins}
+    pinned = {line for line in BROUGHT if line.partition("==")[0] in names}
+    assert {"omegaconf", "librosa"} < {line.partition("==")[0] for line in pinned}
+    assert pinned <= pins
+
+
+def test_brought_packages_have_what_they_ask_for():
+    brought = {canonicalize_name(Requirement(line).name) for line in BROUGHT}
+    environment = {"extra": "", "python_version": "3.12"}
+    asked = {
+        canonicalize_name(line.name)
+        for name in brought - {"audiocraft"}
+        for line in map(Requirement, distribution(name).requires or [])
+        if line.marker is None or line.marker.evaluate(environment)
+    }
+    assert asked - brought - THERE == FOR_FILES
+
+
+def test_a_melody_does_without_what_reads_files():
+    blocked = "; ".join(f"sys.modules[{name!r}] = None" for name in sorted(FOR_FILES))
+    code = (
+        f"import sys; {blocked}; from audiocraft.modules.chroma import ChromaExtractor; "
+        "assert ChromaExtractor(32000).fbanks.shape == (12, 2049)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_help_names_what_is_brought():
+    parser = argparse.ArgumentParser()
+    generate.add_packages(parser)
+    assert " ".join(["--target DIR", *BROUGHT]) in " ".join(parser.format_help().split())
 
 
 # Weights

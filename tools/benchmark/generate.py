@@ -16,7 +16,13 @@ import torch
 from audiocraft.assets.store import RELEASES
 from audiocraft.errors import InputError
 from audiocraft.serving.command import Parser, say
-from tools.benchmark.processes import Packages, find_packages, probe_device, take_turns
+from tools.benchmark.processes import (
+    BROUGHT,
+    Packages,
+    find_packages,
+    probe_device,
+    take_turns,
+)
 from tools.benchmark.records import rounded, save, show, today
 from tools.benchmark.shapes import FRAME_RATE, PUBLISHED, TEXT_TOKENS, Shape
 from tools.benchmark.side import Job, System
@@ -310,8 +316,7 @@ def add_packages(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="packages that this machine's Python lacks, for one without a network: then nothing "
         "is installed, and python3 is used as it is; fill it by pip install --no-deps --target DIR "
-        "audiocraft==1.3.0 omegaconf antlr4-python3-runtime julius (where our own process runs, "
-        "this project's audiocraft comes first)",
+        f"{' '.join(BROUGHT)} (where our own process runs, this project's audiocraft comes first)",
     )
 
 

@@ -25,6 +25,19 @@ from tools.benchmark.side import Job
 PEER_PACKAGES: Final = ("audiocraft==1.3.0",)
 """What the peers need beyond this project's packages; `peer_audiocraft.ABSENT` is left out."""
 
+BROUGHT: Final = (
+    *PEER_PACKAGES,
+    "omegaconf==2.4.0",
+    "julius==0.2.8",
+    *("librosa==0.11.0", "decorator", "pooch", "platformdirs"),  # for a melody
+    *("dadaptation==2.0", "prodigyopt==1.1.2"),  # optimizers of a training
+)
+"""What a GPU machine without a network may lack for the benchmarks and the tests marked `gpu`.
+
+Such a machine has torch, transformers, scikit-learn and what those need. What librosa reads and
+resamples files with is not there: its filters do without.
+"""
+
 ENVIRONMENT: Final = ROOT / "benchmarks/environments/peers"
 """Where they lie; git ignores it."""
 
@@ -132,7 +145,7 @@ def probe_device(device: str, packages: Packages, deadline: float | None = None)
     Raises:
         InputError: it cannot be used.
     """
-    found = run_side(Job("probe", device), packages, _left(deadline))
+    found = run_side(Job("probe", device), packages, left(deadline))
     if "error" in found:
         raise InputError(f"{device} cannot be measured ({found['error']}).")
     return found
@@ -161,10 +174,11 @@ def take_turns(
         for job, results in turns if number % 2 == 0 else turns[::-1]:
             if results and "error" in results[-1]:
                 continue
-            results.append(run_side(job, packages, _left(deadline)))
+            results.append(run_side(job, packages, left(deadline)))
             tell(job, number + 1, results[-1])
     return found
 
 
-def _left(deadline: float | None) -> float | None:
+def left(deadline: float | None) -> float | None:
+    """Seconds until a deadline on the monotonic clock, at least one; none without a deadline."""
     return None if deadline is None else max(1.0, deadline - time.monotonic())

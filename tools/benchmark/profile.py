@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -12,7 +11,7 @@ from audiocraft.assets.store import RELEASES
 from audiocraft.errors import AudiocraftError
 from audiocraft.serving.command import Parser, say
 from tools.benchmark.generate import Scratch, add_packages, scratch
-from tools.benchmark.processes import Packages, find_packages, probe_device, run_side
+from tools.benchmark.processes import Packages, find_packages, left, probe_device, run_side
 from tools.benchmark.records import rounded, save, today
 from tools.benchmark.side import Job
 
@@ -53,8 +52,7 @@ def measure(
     job = Job("profile", device, version=version, precision=precision, release=release)
     rows = []
     for mode, variables in (MODES if device == "cuda" else {"step": {}}).items():
-        left = None if deadline is None else max(1.0, deadline - time.monotonic())
-        found = run_side(job, packages, left, variables)
+        found = run_side(job, packages, left(deadline), variables)
         if "error" in found:
             raise AudiocraftError(f"The steps of {version} cannot be profiled ({found['error']}).")
         numbers = {name: rounded(found[name]) for name in ("step_ms", "device_ms", "kernels")}

@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from audiocraft.assets.store import RELEASES
 from audiocraft.errors import AudiocraftError
 from audiocraft.serving.command import Parser, say
 from tools.benchmark.generate import Scratch, add_packages, scratch
-from tools.benchmark.processes import Packages, find_packages, probe_device, run_side
+from tools.benchmark.processes import Packages, find_packages, left, probe_device, run_side
 from tools.benchmark.records import rounded, save, today
 from tools.benchmark.side import Job
 
@@ -45,12 +44,11 @@ def measure(
     """
     probe = probe or probe_device(device, packages, deadline)
     release = str(place.release(version))
-    left = None if deadline is None else max(1.0, deadline - time.monotonic())
     precision = probe["precisions"][0]
     job = Job(
         "request", device, version=version, precision=precision, seconds=seconds, release=release
     )
-    found = run_side(job, packages, left)
+    found = run_side(job, packages, left(deadline))
     if "error" in found:
         raise AudiocraftError(f"The request for {version} on {device} failed ({found['error']}).")
     row = {"system": "ours", "version": version, "precision": precision, "seconds": seconds}

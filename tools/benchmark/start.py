@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from audiocraft.assets.store import RELEASES
-from audiocraft.errors import AudiocraftError
 from audiocraft.serving.command import Parser, say
 from tools.benchmark.generate import PEERS, Scratch, add_packages, scratch
-from tools.benchmark.processes import Packages, find_packages, run_side
+from tools.benchmark.processes import Packages, find_packages, probe_device, run_side
 from tools.benchmark.records import rounded, save, today
 from tools.benchmark.shapes import DESCRIPTION, ROOT
 from tools.benchmark.side import Job
@@ -45,6 +44,9 @@ def measure(
 
     Returns:
         A record: `device`, `rows`, and what they come from.
+
+    Raises:
+        InputError: the CPU cannot be described.
     """
     store = place.folder / "store"
     release = store / "facebook" / f"musicgen-{version}"
@@ -83,9 +85,7 @@ def measure(
             found[way].append(took)
             said = errors.get(way) or f"{took:.1f} s"
             say(f"{version}, {way[0]} by {way[1]}, round {number + 1}: {said}")
-    probe = run_side(Job("probe", "cpu"), packages)
-    if "error" in probe:
-        raise AudiocraftError(f"The CPU cannot be described ({probe['error']}).")
+    probe = probe_device("cpu", packages)
     rows = []
     for way, times in found.items():
         row: dict[str, Any] = {"system": way[0], "by": way[1], "version": version}
