@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -24,7 +25,6 @@ SPARE: Final = 64 * 2**20
 
 _POLL_S: Final = 0.1
 _FULL: Final = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
-_NEW: Final = ".new"
 _SAFETENSORS: Final = re.compile(r"\.tmp\w{6}")  # what safetensors writes before it renames
 
 
@@ -205,17 +205,31 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a small file in one step."""
-    new = path.with_name(f"{path.name}.{os.getpid()}{_NEW}")
-    try:
-        new.write_text(json.dumps(value))
-        give_name(new, path)
-    finally:
-        new.unlink(missing_ok=True)
+    with whole_file(path) as unfinished:
+        unfinished.write_text(json.dumps(value))
 
 
 def is_leftover(name: str) -> bool:
     """Whether a file that nobody writes any more has the name of one that is not whole."""
-    return name.endswith((UNFINISHED, _NEW)) or _SAFETENSORS.fullmatch(name) is not None
+    return name.endswith(UNFINISHED) or _SAFETENSORS.fullmatch(name) is not None
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Have a file appear under its name when the block ends; if that fails, nothing is left.
+
+    Args:
+        path: of the file; its folder exists.
+
+    Yields:
+        Where to write it: beside it, under a name of this process's own that `is_leftover` knows.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
+    try:
+        yield unfinished
+        give_name(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def give_name(whole: Path, path: Path) -> None:
@@ -226,6 +240,12 @@ def give_name(whole: Path, path: Path) -> None:
     with whole.open("rb") as file:
         os.fsync(file.fileno())
     whole.replace(path)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_full(error: BaseException | None) -> bool:

@@ -317,23 +317,42 @@ def stated_duration(path: Path) -> float | None:
     return seconds if 0 < seconds < math.inf else None
 
 
-def longest_duration(path: Path) -> float:
-    """Seconds that a file of music may last, from its header and its size."""
+def header_duration(path: Path, *, exact: bool = False) -> float | None:
+    """Seconds of music by a file's header; nothing is decoded.
+
+    Args:
+        path: any file; what is no plain one is not opened.
+        exact: without the lengths that are estimates, those of MP3 files.
+
+    Returns:
+        Above 0; None where libsndfile does not read it, or where it states none or one that cannot
+        be.
+    """
     import soundfile
 
-    size = path.stat().st_size
     try:
-        # By descriptor, for soundfile takes a name's suffix into account.
+        if not path.is_file():  # a pipe would wait for somebody to write
+            return None
+        most = _MOST_FRAMES * path.stat().st_size
+        # By descriptor, for soundfile takes a name's suffix into account, and only names in UTF-8.
         with path.open("rb") as file, soundfile.SoundFile(file.fileno(), closefd=False) as sound:
-            is_stated = not sound.subtype.startswith("MPEG")  # whose length is an estimate
+            is_counted = not (exact and sound.subtype.startswith("MPEG"))
             # A FLAC that was streamed states none, and a recording that was never finished 0.
-            if is_stated and 0 < sound.frames <= size * _MOST_FRAMES:
+            if is_counted and 0 < sound.frames <= most:
                 return float(sound.frames / sound.samplerate)
-    except soundfile.LibsndfileError:
+    except (OSError, soundfile.LibsndfileError):
         pass
+    return None
+
+
+def longest_duration(path: Path) -> float:
+    """Seconds that a file of music may last, from its header and its size."""
+    seconds = header_duration(path, exact=True)
+    if seconds is not None:
+        return seconds
     stated = stated_duration(path)
     if stated is None or stated > _LONGEST_S:
-        return size / _LEAST_RATE
+        return path.stat().st_size / _LEAST_RATE
     return _MARGIN * stated
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, cast
@@ -12,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from audiocraft.assets.parts import UNFINISHED, give_name
+from audiocraft.assets.parts import whole_file
 from audiocraft.assets.tensors import read_safetensors
 from audiocraft.data.audio_utils import convert_audio
 from audiocraft.models.builders import get_conditioner_provider, get_wrapped_compression_model
@@ -152,12 +151,8 @@ def save_encoded(path: Path, chunk: EncodedChunk) -> None:
     tensors = {"codes": chunk.codes.contiguous()}
     if chunk.chroma is not None:
         tensors["chroma"] = chunk.chroma.contiguous()
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}{UNFINISHED}")
-    try:
+    with whole_file(path) as unfinished:
         save_file(tensors, unfinished, {_FRAMES: str(chunk.frames), _SAMPLES: str(chunk.samples)})
-        give_name(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def load_encoded(path: Path) -> EncodedChunk:

@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
+from audiocraft.assets.parts import file_sha256
 from audiocraft.data.archive import (
     LIMITS,
     SIDE,
@@ -94,7 +95,7 @@ def find(source: Path, folder: Path, limits: Limits = LIMITS) -> Found:
     sides = (source.with_suffix(suffix) for suffix in sorted(SIDE))
     paths = [source, *(side for side in sides if side != source and side.is_file())]
     try:
-        files = [SourceFile(_printable(p.name), p, _hash(p)) for p in paths]
+        files = [SourceFile(_printable(p.name), p, file_sha256(p)) for p in paths]
     except OSError as error:
         raise InputError(
             f"{source} cannot be read ({error.strerror}); check its permissions."
@@ -202,7 +203,7 @@ def _read_folder(folder: Path, limits: Limits) -> tuple[list[SourceFile], list[L
         reason = _unusable(name, path, root)
         if reason is None:
             try:
-                files.append(SourceFile(name, path, _hash(path)))
+                files.append(SourceFile(name, path, file_sha256(path)))
             except OSError as error:
                 reason = f"cannot be read ({error.strerror})"
         if reason is not None:
@@ -242,11 +243,6 @@ def _unusable(name: str, path: Path, root: Path) -> str | None:
     except (OSError, RuntimeError):  # RuntimeError: round and round
         return "a link that leads nowhere"
     return reason
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _printable(name: str) -> str:

@@ -1,13 +1,13 @@
 """What became of each file of a dataset."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from audiocraft.assets.parts import whole_file
 from audiocraft.data.archive import LeftOut
 from audiocraft.data.chunks import Clip, Cut
 from audiocraft.data.descriptions import ClipMetadata
@@ -170,12 +170,9 @@ def write_report(report: DatasetReport, path: Path, more: Mapping[str, Any] | No
         more: what other stages add, by name.
     """
     value = {"dataset": asdict(report), "summary": summarize(report), **(more or {})}
-    new = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        new.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def _count_reasons(entries: Sequence[LeftOut]) -> Counter[str]:

@@ -11,7 +11,6 @@ import copy
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -23,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from audiocraft.assets.parts import UNFINISHED, give_name
+from audiocraft.assets.parts import whole_file
 from audiocraft.assets.store import store_dir
 from audiocraft.errors import WeightsError
 from audiocraft.models.builders import T5_DIMS, get_wrapped_compression_model
@@ -210,11 +209,10 @@ def file_base_sha256(path: Path, checkpoint: Checkpoint) -> str:
     if kept.is_file():
         return kept.read_text()
     value = base_sha256(checkpoint.state)
-    unfinished = kept.with_name(f"{kept.name}.{os.getpid()}")
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(value)
-        give_name(unfinished, kept)
+        with whole_file(kept) as unfinished:
+            unfinished.write_text(value)
     except OSError as error:
         logger.warning("The hash of %s cannot be kept in the store: %s.", path.name, error)
     return value
@@ -433,9 +431,5 @@ def save_finetune(
     half = {
         key: value.detach().to("cpu", torch.float16).contiguous() for key, value in state.items()
     }
-    unfinished = path.with_name(f".{path.name}{UNFINISHED}")
-    try:
+    with whole_file(path) as unfinished:
         save_file(half, unfinished, said)
-        give_name(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -107,14 +107,10 @@ class T5Conditioner(nn.Module):
     def load(self) -> tuple[Any, Any]:
         """The tokenizer and the encoder on the projection's device, from disk the first time."""
         if self.loaded is None:
-            from transformers import PreTrainedTokenizerFast, T5EncoderModel
+            from transformers import T5EncoderModel
 
             folder = self._source()
-            # Not T5Tokenizer: it adds tokens of its own, which a small encoder does not have.
-            tokenizer: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-                tokenizer_file=str(folder / "tokenizer.json"),
-                pad_token="<pad>",  # noqa: S106 - no password
-            )
+            tokenizer = _read_tokenizer(folder)
             # Eager attention gives wholly masked rows finite numbers on every device.
             model: Any = T5EncoderModel.from_pretrained(
                 folder,
@@ -131,6 +127,10 @@ class T5Conditioner(nn.Module):
             self.loaded = (tokenizer, model.eval().requires_grad_(requires_grad=False))
         tokenizer, model = self.loaded
         return tokenizer, model.to(self.output_proj.weight.device)
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer from disk, without the encoder, which takes hundreds of MB."""
+        return _read_tokenizer(self._source())
 
     def tokenize(self, texts: Sequence[str | None]) -> dict[str, Tensor]:
         """Token ids and mask (B, M), padded to the longest; no text masks its row wholly."""
@@ -153,6 +153,16 @@ class T5Conditioner(nn.Module):
             hidden = model(input_ids=tokens["input_ids"], attention_mask=added).last_hidden_state
         embeds = self.output_proj(hidden.to(self.output_proj.weight.dtype))
         return embeds * mask[..., None], mask
+
+
+def _read_tokenizer(folder: Path) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    # Not T5Tokenizer: it adds tokens of its own, which a small encoder does not have.
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_file=str(folder / "tokenizer.json"),
+        pad_token="<pad>",  # noqa: S106 - no password
+    )
 
 
 class ChromaStemConditioner(nn.Module):

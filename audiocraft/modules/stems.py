@@ -218,10 +218,19 @@ def htdemucs_key() -> str:
         AssetError: as for `load_htdemucs`.
     """
     digest = hashlib.sha256()
-    for path in separator_files(_find_htdemucs, HTDEMUCS):
+    for path in htdemucs_files():
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def htdemucs_files() -> list[Path]:
+    """Files of the separator in the store, fetched if missing; see `separator_files`.
+
+    Raises:
+        AssetError: as for `load_htdemucs`.
+    """
+    return separator_files(_find_htdemucs, HTDEMUCS)
 
 
 def _find_htdemucs(filename: str) -> Path:

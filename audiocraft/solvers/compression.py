@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from audiocraft import __version__
-from audiocraft.assets.parts import give_name
+from audiocraft.assets.parts import whole_file
 from audiocraft.errors import InputError, TrainingError
 from audiocraft.models.encodec import EncodecModel
 from audiocraft.modules.conv import StreamableConv1d, StreamableConvTranspose1d
@@ -273,9 +273,8 @@ class Trainer:
         from safetensors.torch import save_file
 
         metadata = {"xp.cfg": OmegaConf.to_yaml(cfg), "version": __version__, "exported": "true"}
-        unfinished = path.with_name(f".{path.name}.new")
-        save_file(self.exported_state(), unfinished, metadata)
-        give_name(unfinished, path)
+        with whole_file(path) as unfinished:
+            save_file(self.exported_state(), unfinished, metadata)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the run goes on from; tensors are not copied."""

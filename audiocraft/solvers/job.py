@@ -25,7 +25,7 @@ class TrainingJob:
         vocabularies: of the automatic labels; None goes without them.
         stems: that are kept of the music, such as `("drums", "bass", "other")`; None keeps it all.
         optimizer: which.
-        lr: as asked for, see `learning_rate`.
+        lr: > 0, as `learning_rate` gives it.
         schedule: of the learning rate.
         warmup: updates.
         epochs: >= 1.
@@ -58,7 +58,6 @@ class Place:
 
     Attributes:
         dataset: path of the archive, folder or file, as it was given.
-        source: its name, for messages and the report.
         data: folder of what is computed once of each file, shared by all jobs.
         unpacked: folder that archives are unpacked to, see `files.find`.
         weights: folder where the result goes.
@@ -68,7 +67,6 @@ class Place:
     """
 
     dataset: str
-    source: str
     data: str
     unpacked: str
     weights: str

@@ -30,10 +30,6 @@ class CodebookLoss:
     sums: Tensor
     counts: Tensor
 
-    def __add__(self, other: "CodebookLoss") -> "CodebookLoss":
-        """The loss of two parts together."""
-        return CodebookLoss(self.sums + other.sums, self.counts + other.counts)
-
     @property
     def per_codebook(self) -> Tensor:
         """[K], nats per position; 0 for a codebook of which nothing is counted."""
@@ -55,10 +51,6 @@ class CodebookLoss:
             counts: [K], of the whole batch, see `count_targets`.
         """
         return (self.sums / counts.to(self.sums.device).clamp(min=1)).mean()
-
-    def detach(self) -> "CodebookLoss":
-        """The same numbers without their graph."""
-        return CodebookLoss(self.sums.detach(), self.counts)
 
 
 def clip_mask(lengths: Tensor, frames: int) -> Tensor:

@@ -13,18 +13,10 @@ from typing import Final
 from audiocraft.errors import InputError
 from audiocraft.models.shapes import Shape, shape_of
 from audiocraft.models.versions import VERSIONS
-from audiocraft.solvers.devices import (
-    Device,
-    find_devices,
-    host_memory,
-    matmul_speed,
-    threads_of,
-)
+from audiocraft.solvers.devices import Device, host_memory, matmul_speed, threads_of
 from audiocraft.solvers.job import TrainingJob
 from audiocraft.solvers.optimizers import OptimizerName
 from audiocraft.solvers.plan import Plan
-
-__all__ = ["Device", "Plan", "estimate_seconds", "find_devices", "plan_memory"]
 
 TEXT_TOKENS: Final = 256
 """Of the longest text, a paragraph with its labels; longer ones are cut, see `prepare.shorten`."""
@@ -80,7 +72,7 @@ class Need:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Numbers of weights: trained ones, frozen ones, and those of one layer and of all heads."""
+    """Numbers of weights: trained ones, frozen ones, and the trained ones of one layer."""
 
     trained: int
     frozen: int

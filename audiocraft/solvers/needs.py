@@ -3,14 +3,13 @@
 import errno
 import os
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Final
 
 from omegaconf import DictConfig
 
 from audiocraft.assets.download import check_space
-from audiocraft.assets.store import PARTS, fetch, fetch_folder
+from audiocraft.assets.store import PARTS, fetch_folder
 from audiocraft.models.loaders import (
     CODEC_FILE,
     LM_FILE,
@@ -22,7 +21,7 @@ from audiocraft.models.loaders import (
 )
 from audiocraft.models.shapes import shape_of
 from audiocraft.models.versions import VERSIONS
-from audiocraft.modules.stems import HTDEMUCS, separator_files
+from audiocraft.modules.stems import htdemucs_files
 from audiocraft.solvers.checkpoints import unwritable
 from audiocraft.solvers.job import TrainingJob
 from audiocraft.solvers.memory import memory_need
@@ -63,7 +62,7 @@ def fetch_base(job: TrainingJob) -> None:
         for name in text_encoders:
             fetch_folder(f"google-t5/{name}", PARTS["t5-base"][1])
     if job.stems or hears_stems:
-        separator_files(partial(fetch, PARTS[HTDEMUCS][0]), HTDEMUCS)
+        htdemucs_files()
 
 
 def _hears_stems(cfg: DictConfig) -> bool:

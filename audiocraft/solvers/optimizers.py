@@ -43,7 +43,7 @@ class OptimizerSettings:
     Attributes:
         name: dadam is Adam with D-Adaptation's step sizes, adamw is torch's AdamW, prodigy is
             Prodigy.
-        lr: as asked for, > 0, see `learning_rate`.
+        lr: > 0, as `learning_rate` gives it.
         betas: decay of the averages of gradients and of their squares.
         weight_decay: decoupled, times the learning rate.
         eps: added to the denominator.
@@ -225,22 +225,20 @@ def build_optimizer(
     """An optimizer over groups of parameters, whole or sharded by FSDP2.
 
     Args:
-        settings: which, and its numbers; `lr` is taken by the rule of `learning_rate`.
+        settings: which, and its numbers.
         groups: from `parameter_groups`, after sharding.
 
     Returns:
         The optimizer; `param_groups[0]["lr"]` is the rate that a schedule's factors are of.
 
     Raises:
-        InputError: no such optimizer, a rate that is not above 0, nothing to train, or some weights
-            sharded and some not.
+        InputError: nothing to train, or some weights sharded and some not.
     """
-    lr = learning_rate(settings.name, settings.lr)
     if not any(groups):
         raise InputError("No weight of the model is trainable: attach an adapter, or unfreeze it.")
     given = [{"params": list(group)} for group in groups]
     common: dict[str, Any] = {
-        "lr": lr,
+        "lr": settings.lr,
         "betas": settings.betas,
         "weight_decay": settings.weight_decay,
         "eps": settings.eps,

@@ -7,7 +7,9 @@ that is. All models that are needed for it live and die with this process.
 import logging
 import sys
 import unicodedata
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -30,6 +32,7 @@ from audiocraft.solvers.clips import full_text
 from audiocraft.solvers.conditions import ConditionSettings
 from audiocraft.solvers.job import read_job
 from audiocraft.solvers.memory import TEXT_TOKENS, TEXT_WORDS
+from audiocraft.solvers.output import log_to_stdout
 
 logger = logging.getLogger(__name__)
 
@@ -41,20 +44,20 @@ _LISTS: Final = ("genre", "moods", "keywords", "instrument")
 
 def main() -> None:
     """Reads the job, prepares its dataset and writes `DATASET_FILE`."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    log_to_stdout()
     work = Path(sys.argv[1])
     job, place = read_job(work)
-    # T5 goes after each use: the music takes hours, and memory.
-    check_description(job.one_same_description, load_text_encoder(job.version))
+    encoder = load_text_encoder(job.version)
+    check_description(job.one_same_description, encoder)
     prepared = prepare(
         find(Path(place.dataset), Path(place.unpacked)),
-        place.source,
+        Path(place.dataset).name,
         Path(place.data),
         job.version,
         DatasetSettings(job.one_same_description, job.vocabularies, job.stems),
         place.device,
     )
-    save_prepared(work / DATASET_FILE, shorten(prepared, load_text_encoder(job.version)))
+    save_prepared(work / DATASET_FILE, shorten(prepared, encoder))
 
 
 def load_text_encoder(version: str) -> T5Conditioner:
@@ -88,7 +91,7 @@ def check_description(description: str | None, encoder: T5Conditioner) -> None:
     """
     line = one_line(description)
     # With the period that `merge_metadata` sets.
-    tokens = _count(f"{line.rstrip('.')}.", encoder) if line else 0
+    tokens = _count(f"{line.rstrip('.')}.", encoder.load_tokenizer) if line else 0
     if tokens > TEXT_TOKENS:
         raise InputError(
             f"one_same_description has {tokens} tokens, a training takes {TEXT_TOKENS} at most: "
@@ -108,10 +111,11 @@ def shorten(prepared: Prepared, encoder: T5Conditioner) -> Prepared:
     Returns:
         The dataset; clips whose texts fit are as they were.
     """
+    tokenizer = cache(encoder.load_tokenizer)
     shorter = {
-        known: _shortened(known, _tokenizer(encoder))
+        known: _shortened(known, tokenizer())
         for known, example in {example.metadata: example for example in prepared.examples}.items()
-        if _count(full_text(example, ConditionSettings(), 0) or "", encoder) > TEXT_TOKENS
+        if _count(full_text(example, ConditionSettings(), 0) or "", tokenizer) > TEXT_TOKENS
     }
     files = {example.name for example in prepared.examples if example.metadata in shorter}
     if files:
@@ -127,16 +131,17 @@ def shorten(prepared: Prepared, encoder: T5Conditioner) -> Prepared:
     return replace(prepared, examples=tuple(examples))
 
 
-def _tokenizer(encoder: T5Conditioner) -> Any:
-    return (encoder.loaded or encoder.load())[0]
+def _count(text: str, tokenizer: Callable[[], Any]) -> int:
+    """Tokens of a text, the end's among them; of a short one an upper bound.
 
-
-def _count(text: str, encoder: T5Conditioner) -> int:
-    """Tokens of a text, the end's among them; of a short one an upper bound, without T5."""
+    Args:
+        text: any.
+        tokenizer: gives it, and is asked for it only where a text is not short.
+    """
     # What tokenizers change before they divide a text. No token is less than a byte of that; a
     # first space and the end come on top.
     most = len(unicodedata.normalize("NFKC", text).lower().encode()) + 2
-    return most if most <= TEXT_TOKENS else len(_tokenizer(encoder)(text)["input_ids"])
+    return most if most <= TEXT_TOKENS else len(tokenizer()(text)["input_ids"])
 
 
 def _shortened(known: ClipMetadata, tokenizer: Any) -> ClipMetadata:

@@ -51,6 +51,7 @@ from audiocraft.solvers.state import (
     Measured,
     RunState,
     check_resumable,
+    describe_passes,
     read_state,
     remove_weights,
     show_time,
@@ -62,7 +63,6 @@ logger = logging.getLogger(__name__)
 _SAVE_EVERY_S: Final = 600.0
 _PAUSE_S: Final = 60.0  # least from one checkpoint to that of an epoch's end
 _SMALL: Final = 50_000_000  # trained weights, with a state of some 1 GB: it is saved in each epoch
-_MANY_PASSES: Final = 20
 _LINES: Final = 10  # of an epoch
 # A process may wait while the first one hashes a base or writes a checkpoint of many GB.
 _PATIENCE: Final = timedelta(hours=1)
@@ -236,17 +236,9 @@ class _Run:
     def _announce(self) -> None:
         state = self._state
         size = self._trainer.settings.batch_size
-        passes = state.updates * size / state.clips
-        logger.info(
-            "%d updates x batch %d = %s passes over the %d clips of %d songs.",
-            *(state.updates, size, f"{round(passes, 1):.9g}", state.clips, state.songs),
-        )
-        if passes > _MANY_PASSES:
-            logger.warning(
-                "More than %d passes: the model may repeat the music rather than learn its style; "
-                "lower epochs or updates_per_epoch, or give more music.",
-                _MANY_PASSES,
-            )
+        what = f"the {state.clips} clips of {state.songs} songs"
+        for line in describe_passes(state.updates, size, state.clips, what):
+            logger.info("%s", line)
         if state.held_out:
             logger.info(
                 "%d songs (%d clips) are held out, to measure it with after each epoch.",

@@ -4,7 +4,6 @@ This one stays light: it checks, plans, fetches what is missing, and starts the 
 other. Models are built in those alone.
 """
 
-import hashlib
 import json
 import os
 import shlex
@@ -15,9 +14,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from audiocraft.assets.parts import is_leftover, read_json, wait_lock, write_json
+from audiocraft.assets.parts import file_sha256, is_leftover, read_json, wait_lock, write_json
 from audiocraft.assets.remote import show_size
 from audiocraft.data.archive import SIDE, split_name, unwanted
+from audiocraft.data.chunks import header_duration
 from audiocraft.data.dataset import DatasetSettings, disk_need, load_prepared, remove_intermediates
 from audiocraft.data.files import find
 from audiocraft.data.labels import check_label_models
@@ -48,6 +48,7 @@ from audiocraft.solvers.result import WEIGHTS_FILE, describe_training, read_meta
 from audiocraft.solvers.state import (
     RunState,
     check_resumable,
+    describe_passes,
     read_state,
     remove_weights,
     show_time,
@@ -125,13 +126,16 @@ def run_job(
             written = training_need(job)
         _check_disk(job, runs, weights, work=work, written=written, dataset=needed)
         check_result_folder(weights)
+        if not has_ended and not is_prepared:
+            # Before what may take hours; after it the training itself says it exactly.
+            seconds = [header_duration(file.path) for file in found.files]
+            _show_passes(job, _count_chunks(seconds, VERSIONS[job.version].context), log)
         if not has_ended:
             fetch_base(job)
         if fresh:  # when nothing is refused any more
             clear(work)
         place = Place(
             dataset=str(dataset.absolute()),
-            source=dataset.name,
             data=str((runs / _DATA).absolute()),
             unpacked=str((runs / _UNPACKED).absolute()),
             weights=str(weights.absolute()),
@@ -316,8 +320,8 @@ def _finish(work: Path, job: TrainingJob, place: Place, log: Log) -> Path:
         prepared, state = load_prepared(work / DATASET_FILE), read_state(work)
         assert state is not None, "the training has ended"
         remove_intermediates(Path(place.data), prepared)
-        result = {"path": str(path), "sha256": _hash(path)}
-        update = json.loads(_said(path, "training"))["update"]
+        result = {"path": str(path), "sha256": file_sha256(path)}
+        update = json.loads(read_metadata(path)["training"])["update"]
         more = {
             "settings": asdict(job),
             "training": describe_training(job, state, update),
@@ -344,21 +348,17 @@ def _alone(weights: Path, log: Log) -> Iterator[None]:
         yield
 
 
-def _said(path: Path, name: str) -> str:
-    return read_metadata(path)[name]
-
-
 def _finished(work: Path, weights: Path) -> Path | None:
     """The result of a work folder, if it is still there and whole."""
     result = read_json(work / _RESULT)
     path = weights / WEIGHTS_FILE
     is_same = path.is_file() and read_metadata(path).get("run") == work.name
-    return path if is_same and _hash(path) == result.get("sha256") else None
+    return path if is_same and file_sha256(path) == result.get("sha256") else None
 
 
 def _show_result(path: Path, sha256: str, log: Log) -> None:
     """What it is, and how to use it."""
-    prompts: list[str] = json.loads(_said(path, "prompts"))
+    prompts: list[str] = json.loads(read_metadata(path)["prompts"])
     log(f"Weights: {path} ({show_size(path.stat().st_size)}, SHA-256 {sha256})")
     prompt = prompts[0] if prompts else "90 bpm piano in C minor"
     inputs = (f"replicate_weights=@{path}", f"prompt={prompt}", "duration=8")
@@ -370,11 +370,6 @@ def _show_result(path: Path, sha256: str, log: Log) -> None:
             log(f"  {prompt}")
     else:
         log("The music has no descriptions: prompts say nothing to what it has learnt.")
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
@@ -426,6 +421,7 @@ def describe_run(
     where = _check(unlabelled, runs, processes, allow_cpu=allow_cpu, log=log)
     _check_disk(job, runs, weights)
     chunks = _look_at(dataset, VERSIONS[job.version].context, log)
+    _show_passes(job, chunks, log)
     log(f"{where.processes} process{'es' * (where.processes > 1)} would train.")
     if job.updates_per_epoch == 0 and chunks is None:
         log("How long it takes depends on the music: updates_per_epoch=0 goes once through it.")
@@ -448,7 +444,7 @@ def _look_at(dataset: Path, context: float, log: Log) -> int | None:
     else:
         paths = [dataset]
     size = sum(path.stat().st_size for path in paths if path.is_file())
-    seconds = [_duration(path) for path in paths]
+    seconds = [header_duration(path) for path in paths]
     known = [value for value in seconds if value is not None]
     text = f"Dataset: {len(paths)} file{'s' * (len(paths) != 1)}, {show_size(size)}"
     if not known:
@@ -456,22 +452,26 @@ def _look_at(dataset: Path, context: float, log: Log) -> int | None:
         return None
     more = "" if len(known) == len(seconds) else f" and {len(seconds) - len(known)} not looked into"
     log(f"{text}, {show_time(sum(known))} of music{more}.")
-    return sum(-(-round(value) // round(context)) for value in known) if not more else None
+    return _count_chunks(seconds, context)
+
+
+def _count_chunks(seconds: Sequence[float | None], context: float) -> int | None:
+    """About how many chunks files of such lengths make; None where one of these is not known."""
+    known = [value for value in seconds if value is not None]
+    if len(known) < len(seconds):
+        return None
+    return sum(-(-round(value) // round(context)) for value in known)
+
+
+def _show_passes(job: TrainingJob, chunks: int | None, log: Log) -> None:
+    """Say how often a training would go through music of about so many chunks, if that is known."""
+    if not chunks:
+        return
+    updates = job.epochs * (job.updates_per_epoch or -(-chunks // job.batch_size))
+    what = f"some {chunks} clips, by the headers of the files"
+    for line in describe_passes(updates, job.batch_size, chunks, what):
+        log(line)
 
 
 def _may_be_music(name: str) -> bool:
     return unwanted(name) is None and split_name(name)[1] not in SIDE
-
-
-def _duration(path: Path) -> float | None:
-    """Seconds of music by the header; None where only decoding tells."""
-    import soundfile
-
-    if not path.is_file():  # a pipe would wait for somebody to write
-        return None
-    try:
-        # By descriptor, for soundfile takes a name's suffix into account, and only names in UTF-8.
-        with path.open("rb") as file, soundfile.SoundFile(file.fileno(), closefd=False) as sound:
-            return float(sound.frames / sound.samplerate)
-    except (OSError, soundfile.LibsndfileError):
-        return None

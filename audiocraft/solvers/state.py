@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from audiocraft.errors import InputError
 from audiocraft.solvers.checkpoints import find_checkpoint, read_notes
+
+_MANY_PASSES: Final = 20
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,25 @@ def check_resumable(state: RunState, ranks: int, *, sharded: bool) -> None:
             f"This training was {was} and would now be {now}: give it as many GPUs as before, or "
             "begin again with --fresh."
         )
+
+
+def describe_passes(updates: int, batch_size: int, clips: int, what: str) -> list[str]:
+    """How often a training goes through its music, with a warning where that is too often.
+
+    Args:
+        updates: of the whole training.
+        batch_size: clips of each of them.
+        clips: that there are, >= 1.
+        what: they are, such as `the 4 clips of 4 songs`.
+    """
+    passes = updates * batch_size / clips
+    lines = [f"{updates} updates x batch {batch_size} = {round(passes, 1):.9g} passes over {what}."]
+    if passes > _MANY_PASSES:
+        lines.append(
+            f"More than {_MANY_PASSES} passes: the model may repeat the music rather than learn "
+            "its style; lower epochs or updates_per_epoch, or give more music."
+        )
+    return lines
 
 
 def show_time(seconds: float) -> str:

@@ -40,7 +40,7 @@ def store(folder):
 def kept(folder):
     """Contents in the cache; nothing half lies anywhere in it."""
     assert not list(folder.rglob("*.part*"))
-    assert not list(folder.rglob("*.new"))
+    assert not list(folder.rglob("*.unfinished"))
     return sorted(path.read_bytes() for path in folder.iterdir() if path.is_file())
 
 

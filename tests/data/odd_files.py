@@ -48,6 +48,25 @@ def silent_flac(path, seconds, rate=48000):
     return path
 
 
+def state_samples(path, samples):
+    """Have a FLAC say that it has so many samples; 0, as of one that was streamed, says nothing."""
+    data = bytearray(path.read_bytes())
+    # Behind four bytes of name, four of the block's head and ten of frames: 64 bits, the last 36.
+    layout = int.from_bytes(data[18:26], "big")
+    data[18:26] = (layout >> 36 << 36 | samples).to_bytes(8, "big")
+    path.write_bytes(data)
+    return path
+
+
+def leave_open(path):
+    """Have a WAV look like a recording that was never finished: its header says 0 bytes."""
+    data = bytearray(path.read_bytes())
+    place = data.index(b"data") + 4
+    data[place : place + 4] = bytes(4)
+    path.write_bytes(data)
+    return path
+
+
 def _crc(data, polynomial, bits):
     remainder = 0
     for byte in data:

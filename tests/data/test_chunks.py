@@ -21,12 +21,14 @@ from audiocraft.data.chunks import (
     Chunk,
     cut,
     each,
+    header_duration,
     read_chunks,
     read_tags,
     stated_duration,
 )
 from audiocraft.data.files import AudioFile
 from tests.data.odd_files import cut as cut_off
+from tests.data.odd_files import leave_open, silent_flac, state_samples
 from tests.data.signals import convert, ffmpeg, tones, write_source
 
 SONG = Path(__file__).parent.parent / "audio" / "real_song.ogg"
@@ -261,6 +263,31 @@ def test_no_length_is_known_of_what_is_no_music(tmp_path, monkeypatch):
         assert stated_duration(path) is None
     monkeypatch.setenv("PATH", str(tmp_path))
     assert stated_duration(song) is None
+
+
+def test_a_header_says_how_long_its_file_is(tmp_path):
+    """Of MP3 it is an estimate."""
+    flac, mp3 = (convert(SONG, tmp_path / f"a.{suffix}") for suffix in ("flac", "mp3"))
+    assert header_duration(flac) == header_duration(flac, exact=True) == 8
+    assert header_duration(mp3) == pytest.approx(8, abs=0.1)
+    assert header_duration(mp3, exact=True) is None
+
+
+@pytest.mark.parametrize("samples", [0, 2**36 - 1])
+def test_a_length_that_cannot_be_is_none(samples, tmp_path):
+    """Where a FLAC states none, libsndfile says 2^63 - 1."""
+    flac = convert(SONG, tmp_path / "a.flac")
+    assert header_duration(state_samples(flac, samples)) is None
+    assert header_duration(state_samples(flac, 8 * 44100)) == 8
+    assert header_duration(silent_flac(tmp_path / "b.flac", 60)) is None
+    assert header_duration(leave_open(noise(tmp_path / "a.wav", 6))) is None
+
+
+def test_what_has_no_header_has_no_length(tmp_path):
+    (tmp_path / "text.wav").write_text("no music")
+    os.mkfifo(tmp_path / "pipe.wav")
+    for name in ("text.wav", "pipe.wav", "none.wav", "text.wav/a.wav"):
+        assert header_duration(tmp_path / name) is None
 
 
 def test_results_come_from_as_many_threads_as_asked_for():

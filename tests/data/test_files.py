@@ -244,14 +244,14 @@ def test_names_of_any_bytes_are_found(folder):
 
 def test_a_file_that_may_not_be_read_is_left_out(folder, monkeypatch):
     fill(folder, {"a.wav": "1", "b.wav": "2"})
-    original = files._hash
+    original = files.file_sha256
 
     def denied(path):
         if path.name == "a.wav":  # permissions do not hold root back
             raise PermissionError(13, "Permission denied")
         return original(path)
 
-    monkeypatch.setattr(files, "_hash", denied)
+    monkeypatch.setattr(files, "file_sha256", denied)
     found = find(folder, folder)
     assert [file.name for file in found.files] == ["b.wav"]
     assert reasons(found) == {"a.wav": "cannot be read (Permission denied)"}

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import zipfile
@@ -106,6 +107,14 @@ def test_the_report_is_written_whole_and_in_a_stable_order(dataset, tmp_path, mo
     }
     assert "Lied ä" in first
     write_report(run(dataset, tmp_path / "elsewhere"), path, {"losses": [3.0, 2.5]})
+    assert path.read_text(encoding="utf-8") == first
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)  # it has no name before it is on the disk
+    with pytest.raises(OSError, match="No space left"):
+        write_report(report, path)
     assert path.read_text(encoding="utf-8") == first
     monkeypatch.setattr(report_module.json, "dumps", lambda *_a, **_k: "x" * 10 + "\udc80")
     with pytest.raises(UnicodeEncodeError):

@@ -1,7 +1,9 @@
 """Fine-tuned weights: every form of file, adapters, and what is refused."""
 
+import errno
 import hashlib
 import json
+import os
 
 import pytest
 import torch
@@ -156,6 +158,18 @@ def test_the_bases_hash_is_computed_once(store, monkeypatch):
     package = read_release(path.parent)
     torch.save({**package, "best_state": varied(package["best_state"], 2)}, path)
     assert file_base_sha256(path, read_checkpoint(path)) != first
+
+
+def test_a_hash_that_cannot_be_kept_leaves_nothing(store, monkeypatch, caplog):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = store / VERSIONS[VERSION].source / "state_dict.bin"
+    checkpoint = read_checkpoint(path)
+    monkeypatch.setattr(os, "fsync", full)
+    assert file_base_sha256(path, checkpoint) == base_sha256(checkpoint.state)
+    assert "The hash of state_dict.bin cannot be kept in the store: " in caplog.text
+    assert list((store / "base-hashes").iterdir()) == []
 
 
 def rewritten(path, metadata=None, drop=(), **tensors):

@@ -10,7 +10,13 @@ from audiocraft.data.audio_utils import convert_audio
 from audiocraft.errors import WeightsError
 from audiocraft.models import MusicGen
 from audiocraft.models.loaders import load_lm_model
-from audiocraft.modules.stems import StemSeparator, htdemucs_key, load_htdemucs, load_separator
+from audiocraft.modules.stems import (
+    StemSeparator,
+    htdemucs_files,
+    htdemucs_key,
+    load_htdemucs,
+    load_separator,
+)
 from tests.separators import SIGNATURE, SMALL, SOURCES, put_htdemucs, save_model
 
 
@@ -93,6 +99,7 @@ def test_the_key_of_the_separator_is_that_of_its_files(htdemucs, tmp_path, monke
     first = htdemucs_key()
     assert htdemucs_key() == first
     assert load_htdemucs("cpu").sources == SOURCES
+    assert htdemucs_files() == [folder / "htdemucs.yaml", folder / f"{SIGNATURE}.safetensors"]
     save("demucs.hdemucs.HDemucs")
     assert htdemucs_key() != first
     (folder / f"{SIGNATURE}.safetensors").unlink()

@@ -390,6 +390,25 @@ def test_a_description_looks_where_a_training_writes(tmp_path, monkeypatch):
     assert seen == [(tmp_path / "runs", tmp_path / "weights")] * 2
 
 
+@pytest.mark.parametrize(("value", "is_allowed"), [("1", True), ("0", False), (None, False)])
+def test_a_cpu_trains_all_weights_where_that_is_asked_for(value, is_allowed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training, "find_devices", list)
+    if value is not None:
+        monkeypatch.setenv("ALLOW_CPU", value)
+    seen = []
+
+    def note(_job, _dataset, **options):
+        seen.append(options["allow_cpu"])
+        return tmp_path
+
+    monkeypatch.setattr(training, "run_job", note)
+    monkeypatch.setattr(training, "describe_run", note)
+    for function in (training.train, describe):
+        function(TrainingRequest(SONG, model_version="tiny"), VOCABULARIES)
+    assert seen == [is_allowed] * 2
+
+
 @pytest.mark.slow
 def test_nothing_is_written_by_a_description(tmp_path, monkeypatch, said):
     monkeypatch.chdir(tmp_path)

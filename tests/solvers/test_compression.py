@@ -1,4 +1,5 @@
 import math
+import os
 from dataclasses import replace
 
 import pytest
@@ -136,6 +137,16 @@ def test_an_export_is_the_averaged_codec(tmp_path):
         codes, _ = made.model.encode(wav)
         assert torch.equal(loaded.encode(wav)[0], codes)
         assert torch.equal(loaded.decode(codes), made.model.decode(codes))
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def fail(_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        trainer().export(tmp_path / "codec.safetensors", config())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_decoder_learns_alone_and_codes_stay():

@@ -364,6 +364,18 @@ def test_a_disk_that_gets_full(chain, music, tmp_path, monkeypatch):
     assert chain.stages == ["result", "samples"]
 
 
+def test_one_that_an_earlier_version_began_goes_on(chain, music, tmp_path):
+    """Its job names the dataset twice."""
+    stopped(chain, SHORT, music, tmp_path)
+    path = work_of(tmp_path) / "job.json"
+    value = json.loads(path.read_bytes())
+    value["place"]["source"] = "music"
+    path.write_text(json.dumps(value))
+    train(SHORT, music, tmp_path)
+    assert work_of(tmp_path) == path.parent
+    assert read_state(path.parent).has_ended
+
+
 # Another number of processes
 
 

@@ -17,12 +17,11 @@ from audiocraft.models.shapes import shape_of
 from audiocraft.models.versions import VERSIONS
 from audiocraft.modules.lora import attach, lora_config
 from audiocraft.solvers.conditions import ConditionSettings
+from audiocraft.solvers.devices import Device
 from audiocraft.solvers.job import TrainingJob
 from audiocraft.solvers.memory import (
     EFFICIENCY,
     TEXT_TOKENS,
-    Device,
-    Plan,
     clip_flops,
     estimate_seconds,
     memory_need,
@@ -30,6 +29,7 @@ from audiocraft.solvers.memory import (
 )
 from audiocraft.solvers.musicgen import Clip, Trainer, TrainSettings
 from audiocraft.solvers.optimizers import OPTIMIZERS, OptimizerSettings
+from audiocraft.solvers.plan import Plan
 from tests.golden_data import GOLDEN
 
 GB = 10**9

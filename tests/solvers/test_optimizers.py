@@ -131,6 +131,16 @@ def test_rates(name, lr, expected, said, caplog):
         assert "lr=1 with adamw means 0.0001" in caplog.text
 
 
+def test_a_rate_is_taken_as_it_was_given(caplog):
+    """By then `learning_rate` has said what there is to say of it."""
+    for lr in (1.0, 0.5):
+        settings = OptimizerSettings("adamw", lr)
+        with caplog.at_level(logging.INFO, LOGGER):
+            optimizer = build_optimizer(settings, [[torch.nn.Parameter(torch.ones(7))]])
+        assert optimizer.param_groups[0]["lr"] == lr
+    assert caplog.records == []
+
+
 def test_what_makes_no_sense_is_refused():
     with pytest.raises(InputError, match="'sgd', it must be one of dadam, adamw, prodigy"):
         learning_rate("sgd", 1)

@@ -47,7 +47,6 @@ def work(tmp_path, monkeypatch):
     (tmp_path / "music" / "rest.mp3").write_text("x")
     place = Place(
         dataset=str(tmp_path / "music"),
-        source="music",
         data=str(tmp_path / "data"),
         unpacked=str(tmp_path / "unpacked"),
         weights=str(tmp_path / "weights"),
@@ -74,6 +73,7 @@ def test_it_writes_down_what_is_trained_on_and_says_how_far_it_is(work):
     (example,) = prepared.examples
     assert (example.name, example.metadata.description) == ("Lied ä.ogg", "a song")
     assert load_encoded(example.encoded).codes.dtype == torch.int16
+    assert prepared.report.source == "music"
     assert [left.name for left in prepared.report.left_out] == ["rest.mp3"]
     for line in (
         "decoding the dataset: 100 %, 2 of 2 files, 0 s left",
@@ -199,6 +199,17 @@ def test_short_texts_need_no_text_encoder():
     assert shorten(prepared, encoder) == prepared
     check_description("slow piano, " * 10, encoder)
     check_description(None, encoder)
+    assert encoder.loaded is None
+
+
+def test_long_texts_need_the_tokenizer_alone():
+    encoder = load_text_encoder("tiny")
+    long = described(1000)
+    prepared = dataset(("a.wav", long), ("b.wav", replace(long, key=None)))
+    for example in shorten(prepared, encoder).examples:
+        assert len(example.metadata.description) < len(long.description) / 2
+    with pytest.raises(InputError, match=r"^one_same_description has \d+ tokens, a training"):
+        check_description(long.description, encoder)
     assert encoder.loaded is None
 
 

@@ -83,7 +83,7 @@ def test_a_disk_that_gets_full(tmp_path, monkeypatch):
     work, weights = tmp_path / "work", tmp_path / "weights"
     work.mkdir()
     weights.mkdir()
-    places = {name: str(tmp_path) for name in ("dataset", "source", "data", "unpacked")}
+    places = {name: str(tmp_path) for name in ("dataset", "data", "unpacked")}
     place = Place(**places, weights=str(weights), device="cpu", processes=1, plan=Plan())
     write_job(work, TrainingJob("tiny"), place)
     save_prepared(work / DATASET_FILE, Prepared((), DatasetReport("music", "key", (), (), ()), {}))

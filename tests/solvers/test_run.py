@@ -37,6 +37,7 @@ from audiocraft.solvers.needs import check_disk, check_result_folder, training_n
 from audiocraft.solvers.result import SAMPLE_FILES, WEIGHTS_FILE
 from audiocraft.solvers.run import describe_run, run_job
 from audiocraft.solvers.state import read_state
+from tests.data.odd_files import leave_open, state_samples
 from tests.solvers.trainings import SHORT, SONG, disk, make_music, train
 
 pytestmark = pytest.mark.skipif(
@@ -278,13 +279,15 @@ def test_what_a_description_says(tmp_path):
         "weights, besides the music."
     )
     assert "Dataset: 3 files, 3.2 MB, 18 s of music." in text
-    assert "2 processes would train." in text
+    passes = "6 updates x batch 2 = 4 passes over some 3 clips, by the headers of the files."
+    assert lines[3:5] == [passes, "2 processes would train."]
     assert re.search(r"The training itself would take about \d+ (s|min)\.$", text)
     (music / "song 9.m4a").write_bytes(b"what libsndfile does not read")
     lines.clear()
     describe_run(replace(SHORT, updates_per_epoch=0), music, **places, log=lines.append)
     assert "18 s of music and 1 not looked into." in lines[2]
     assert lines[-1].startswith("How long it takes depends on the music")
+    assert not any("passes" in line for line in lines)
     (music / "song 9.m4a").unlink()
     labelled = replace(SHORT, vocabularies=Vocabularies(("a",), ("b",), ("c",)))
     lines.clear()
@@ -321,6 +324,48 @@ def test_a_description_opens_files_as_a_training_does(tmp_path):
     os.close(reader)
     assert not was_read
     assert lines[-1].endswith(", 6 s of music and 1 not looked into.")
+
+
+@pytest.mark.parametrize("samples", [0, 2**36 - 1])
+def test_lengths_that_cannot_be_are_not_added_up(samples, tmp_path):
+    """As of music that was streamed, or a recording that was never finished."""
+    music = make_music(tmp_path / "music", 4, descriptions=False)
+    soundfile.write(music / "song 2.flac", *soundfile.read(music / "song 2.wav"))
+    (music / "song 2.wav").unlink()
+    lines = []
+    assert run._look_at(music, 30.0, lines.append) == 4
+    assert lines[-1].endswith(", 24 s of music.")
+    state_samples(music / "song 2.flac", samples)
+    leave_open(music / "song 3.wav")
+    assert run._look_at(music, 30.0, lines.append) is None
+    assert lines[-1].endswith(", 12 s of music and 2 not looked into.")
+
+
+def test_many_passes_are_warned_of_before_the_music_is_prepared(tmp_path, monkeypatch):
+    """By the lengths that headers state; what is not known of all files is not said."""
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "fetch_base", lambda _: None)
+    monkeypatch.setattr(run, "launch", stop)
+    music = make_music(tmp_path / "music", 3)
+    lines = []
+    places = {"runs": tmp_path / "runs", "weights": tmp_path / "weights"}
+
+    def said(epochs):
+        lines.clear()
+        with pytest.raises(KeyboardInterrupt):
+            run_job(replace(SHORT, epochs=epochs), music, **places, log=lines.append)
+        return [line for line in lines if " passes" in line]
+
+    over = "passes over some 3 clips, by the headers of the files."
+    assert said(10) == [f"30 updates x batch 2 = 20 {over}"]
+    many, warning = said(11)
+    assert many == f"33 updates x batch 2 = 22 {over}"
+    assert warning.startswith("More than 20 passes: the model may repeat the music rather than ")
+    leave_open(music / "song 1.wav")
+    assert said(11) == []
 
 
 # Whole trainings

@@ -49,7 +49,7 @@ def test_a_job_comes_back_as_it_was(tmp_path):
         lr=0.1 + 0.2,
         seed=-(2**63),
     )
-    place = Place("/x/y.zip", "y.zip", "/d", "/u", "/w", "cpu", 2, Plan(micro_batch=3))
+    place = Place("/x/y.zip", "/d", "/u", "/w", "cpu", 2, Plan(micro_batch=3))
     write_job(tmp_path, job, place)
     assert read_job(tmp_path) == (job, place)
     write_job(tmp_path, TrainingJob("small"), place)
