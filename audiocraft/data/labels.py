@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from audiocraft.assets import store
+from audiocraft.assets.parts import file_sha256
 from audiocraft.data import key, tempo
 from audiocraft.data.key import Key, find_key
 from audiocraft.data.tempo import Tempo, find_tempo
@@ -219,8 +220,7 @@ def models_key(vocabularies: Vocabularies) -> str:
     """
     digest = hashlib.sha256(repr((asdict(vocabularies), THRESHOLDS)).encode())
     for path in model_paths().values():
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(file_sha256(path)))
     return digest.hexdigest()
 
 

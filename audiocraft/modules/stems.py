@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from audiocraft.assets.parts import file_sha256
 from audiocraft.assets.store import PARTS, fetch
 from audiocraft.assets.tensors import read_safetensors
 from audiocraft.errors import WeightsError
@@ -219,8 +220,7 @@ def htdemucs_key() -> str:
     """
     digest = hashlib.sha256()
     for path in htdemucs_files():
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(file_sha256(path)))
     return digest.hexdigest()
 
 

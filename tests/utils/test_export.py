@@ -264,7 +264,6 @@ def test_a_file_that_cannot_be_written(tmp_path, limit_files):
     assert out.read_bytes() == b"before"
 
 
-
 def test_the_command(store, tmp_path, capsys):
     weights = full_finetune(store, "stereo-melody", 5, tmp_path / "a.safetensors")
     (tmp_path / "release").mkdir()  # an empty one will do
