@@ -6,6 +6,7 @@ Golden tests: `lm_tiny_text_mono`, `lm_tiny_text_stereo`, `lm_tiny_melody`, `gen
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from omegaconf import DictConfig
@@ -22,6 +23,7 @@ from audiocraft.modules.conditioners import (
     ConditionTensors,
     nullify,
 )
+from audiocraft.modules.cpu_step import CpuStep, supports
 from audiocraft.modules.linear import Linear
 from audiocraft.modules.precision import Precision, to_int8, weight_dtype
 from audiocraft.modules.transformer import KVCache, Memory, Norm, Transformer, TransformerConfig
@@ -48,13 +50,17 @@ class DecodingState:
         memory: cross-attention keys and values, if the model has cross-attention.
         prefix: conditions that go in front of the first step, until they have been fed.
         positions: most that will be fed, the prefix included.
+        on_cpu: whether single steps are those of `CpuStep`.
         cache: self-attention keys and values; made when the first step is fed, if not before.
+        step: once a single step has been fed, if it is one of `CpuStep`.
     """
 
     memory: Memory | None
     prefix: Tensor | None
     positions: int
+    on_cpu: bool
     cache: KVCache | None = None
+    step: CpuStep | None = None
 
 
 class LMModel(nn.Module):
@@ -243,7 +249,7 @@ class LMModel(nn.Module):
         prefix, source = self.fuser(self.encode_conditions(conditions))
         memory = None if source is None else self.transformer.project_memory(source)
         positions = max_steps + (0 if prefix is None else prefix.shape[1])
-        return DecodingState(memory, prefix, positions)
+        return DecodingState(memory, prefix, positions, supports(self.transformer, self._heads))
 
     def advance(self, state: DecodingState, sequence: Tensor) -> Tensor:
         """Feed steps [B, K, S] to a decoding state; logits [B, K, card] after the last."""
@@ -254,8 +260,17 @@ class LMModel(nn.Module):
         if state.prefix is not None:
             hidden = torch.cat([state.prefix, hidden], dim=1)
             state.prefix = None
+        if state.on_cpu and hidden.shape[1] == 1 and not torch.is_grad_enabled():
+            state.step = state.step or CpuStep(
+                self.transformer, self.out_norm, self._heads, state.memory, state.cache
+            )
+            return state.step(hidden)
         hidden = self.transformer(hidden, state.memory, state.cache)
         return self._head(hidden[:, -1:])[:, :, 0]
+
+    @property
+    def _heads(self) -> list[Linear]:
+        return [cast("Linear", head) for head in self.linears]
 
     @torch.no_grad()
     def generate(

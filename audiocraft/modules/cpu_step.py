@@ -1,214 +1,187 @@
-"""One step of the decoder's layers on a CPU, as one TorchScript program.
-
-With a row or two the layers are some eighty small operations each, and Python between them takes a
-third of the time of 8-bit weights (`scripts/benchmark generate`). The program does what the layers
-in `modules/transformer.py` do, operation by operation, so its numbers are theirs bit for bit.
-TorchScript is deprecated in favour of compilers, which a user's machine need not have; where it is
-gone, the same functions run as Python.
-"""
+"""One step of the decoder on a CPU: its weights, its room and its threads, for `cpu_kernels.py`."""
 
 import logging
-import warnings
-from collections.abc import Callable
-from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional, cast
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, cast
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
 
-from audiocraft.modules.linear import (
-    FEW_ROWS,
-    LEAST_ROWS,
-    TINY,
-    Int8Weight,
-    Linear,
-    Packed,
-    int8_levels,
-    multiply_int8,
+from audiocraft.modules.linear import Int8Weight, Linear
+from audiocraft.modules.transformer import (
+    Attention,
+    KVCache,
+    Memory,
+    Norm,
+    Transformer,
+    TransformerLayer,
+    sin_embedding,
 )
 
 logger = logging.getLogger(__name__)
 
-if TYPE_CHECKING:
-    from audiocraft.modules.transformer import Attention, KVCache, Memory, Norm, Transformer
+_MOST_THREADS: Final = 16
+"""More do not read the memory any faster."""
+_START_SECONDS: Final = 60
+_SLOW_SECONDS: Final = 1.0
+"""A first step that takes longer has been compiled."""
 
 
-class Product(NamedTuple):
-    """What an input is multiplied with: a weight (out, in), or one with 8 bits, and a bias."""
-
-    weight: Tensor | None
-    packed: Optional[Packed]  # noqa: UP045 - a class of TorchScript knows no `|`
-    bias: Tensor | None
-
-
-class Gain(NamedTuple):
-    """Of a LayerNorm."""
-
-    weight: Tensor
-    bias: Tensor
-    eps: float
-
-
-class Layer(NamedTuple):
-    """Of one layer; the fields of cross-attention are unused where there is none."""
-
-    norm1: Gain
-    qkv: Product
-    out: Product
-    norm_cross: Gain
-    query: Product
-    cross_out: Product
-    norm2: Gain
-    linear1: Product
-    linear2: Product
-
-
-class Numbers(NamedTuple):
-    """What TorchScript cannot read from modules: see `modules/linear.py`."""
-
-    heads: int
-    least_rows: int
-    few_rows: int
-    tiny: float
-    levels: int
-
-
-def multiply(x: Tensor, product: Product, numbers: Numbers) -> Tensor:
-    """`linear`, of (B, 1, in)."""
-    bias = product.bias
-    packed = product.packed
-    if packed is not None:
-        y = multiply_int8(x, packed, numbers.levels, numbers.tiny)
-        return y if bias is None else y + bias
-    weight = product.weight
-    assert weight is not None
-    rows = x.size(0)
-    if weight.dtype != torch.float32 or not numbers.least_rows <= rows <= numbers.few_rows:
-        return F.linear(x, weight, bias)
-    columns = x.reshape(rows, -1)
-    if rows == 1:
-        columns = columns.repeat(2, 1)
-    product_rows = torch.mm(weight, columns.t())[:, :rows].t().contiguous().view(rows, 1, -1)
-    return product_rows if bias is None else product_rows + bias
-
-
-def normalize(x: Tensor, gain: Gain) -> Tensor:
-    """`Norm`."""
-    weight = gain.weight
-    normed = F.layer_norm(x, [x.size(2)], weight.float(), gain.bias.float(), gain.eps)
-    return normed.to(weight.dtype)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, out: Product, numbers: Numbers) -> Tensor:
-    """`Attention._attend`."""
-    mixed = F.scaled_dot_product_attention(q.to(k.dtype), k, v)
-    return multiply(mixed.transpose(1, 2).flatten(2).to(q.dtype), out, numbers)
-
-
-def run_layers(
-    x: Tensor,
-    layers: list[Layer],
-    memory: list[tuple[Tensor, Tensor]],
-    keys: Tensor,
-    values: Tensor,
-    position: int,
-    numbers: Numbers,
-) -> Tensor:
-    """The residual stream (B, 1, dim) through all layers.
-
-    Args:
-        x: with its position added, float32.
-        layers: their weights.
-        memory: of `Transformer.project_memory`; empty without cross-attention.
-        keys: of the cache, (L, B, H, T, D); the step's are written to `position`.
-        values: likewise.
-        position: of the step.
-        numbers: the rest.
-    """
-    rows = x.size(0)
-    for index, layer in enumerate(layers):
-        packed = multiply(normalize(x, layer.norm1), layer.qkv, numbers)
-        q, k, v = packed.view(rows, 1, 3, numbers.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        keys[index, :, :, position : position + 1] = k
-        values[index, :, :, position : position + 1] = v
-        k = keys[index, :, :, : position + 1]
-        v = values[index, :, :, : position + 1]
-        x = x + attend(q, k, v, layer.out, numbers)
-        if len(memory) > 0:
-            packed = multiply(normalize(x, layer.norm_cross), layer.query, numbers)
-            q = packed.view(rows, 1, numbers.heads, -1).transpose(1, 2)
-            k, v = memory[index]
-            x = x + attend(q, k, v, layer.cross_out, numbers)
-        hidden = F.gelu(multiply(normalize(x, layer.norm2), layer.linear1, numbers))
-        x = x + multiply(hidden, layer.linear2, numbers)
-    return x
-
-
-@cache
-def _program() -> Callable[..., Tensor]:
-    """`run_layers`, compiled once per process."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            return cast("Callable[..., Tensor]", torch.jit.script(run_layers))
-    except (AttributeError, RuntimeError) as error:  # a torch without TorchScript
-        logger.warning("Steps are not compiled, which makes music slower on this CPU: %s", error)
-        return run_layers
+def supports(transformer: Transformer, heads: Sequence[Linear]) -> bool:
+    """Whether the kernels know these weights: on a CPU, all of one kind, without adapters."""
+    weights: list[Tensor | Int8Weight] = [head.weight for head in heads]
+    for module in transformer.modules():
+        if is_parametrized(module):
+            return False
+        if isinstance(module, Linear):
+            weights.append(module.weight)
+        elif isinstance(module, Attention):
+            weights.append(module.in_proj_weight)
+    values = [_values(weight) for weight in weights]
+    kinds = {each.dtype for each in values}
+    known = len(kinds) == 1 and kinds <= {torch.float32, torch.bfloat16, torch.int8}
+    return known and all(each.is_cpu for each in values)
 
 
 class CpuStep:
     """The steps of one request.
 
     Args:
-        transformer: on a CPU; its weights must stay as they are.
+        transformer: one that is supported; its weights must stay as they are.
+        norm: behind its last layer.
+        heads: one for each codebook.
         memory: of `Transformer.project_memory`, if there is cross-attention.
+        cache: where the steps' keys and values go.
     """
 
-    def __init__(self, transformer: "Transformer", memory: "Memory | None") -> None:
-        self._layers = [_layer(layer, memory is not None) for layer in transformer.layers]
-        self._memory = list(memory or ())
-        heads = transformer.config.num_heads
-        self._numbers = Numbers(heads, LEAST_ROWS, FEW_ROWS, TINY, int8_levels())
+    def __init__(
+        self,
+        transformer: Transformer,
+        norm: Norm,
+        heads: Sequence[Linear],
+        memory: Memory | None,
+        cache: KVCache,
+    ) -> None:
+        from audiocraft.modules import cpu_kernels  # numba is slow to import
 
-    def __call__(self, x: Tensor, cache: "KVCache") -> Tensor:
-        """The residual stream (B, 1, dim), float32, behind the filled part of a cache."""
-        return _program()(
-            x, self._layers, self._memory, cache.keys, cache.values, cache.length, self._numbers
+        self._kernel = cpu_kernels.run_step
+        self._owned: list[Tensor] = []  # what the addresses of products point to
+        layers = [cast("TransformerLayer", layer) for layer in transformer.layers]
+        norms: list[Norm] = []
+        products: list[tuple[int, int, int]] = []
+        for layer in layers:
+            crossing = layer.norm1 if memory is None else layer.norm_cross  # unused where none is
+            norms += [layer.norm1, crossing, layer.norm2]
+            products += self._layer(layer, memory is not None)
+        products += [self._linear(head) for head in heads]
+        gains = [torch.stack([each.weight, each.bias]).float() for each in [*norms, norm]]
+        keys = values = torch.empty(*cache.keys.shape[:3], 0, cache.keys.shape[4])
+        if memory is not None:
+            keys, values = (torch.stack(each) for each in zip(*memory, strict=True))
+        kind = _values(heads[0].weight)[:0]
+        self._constants = (
+            _array(kind),
+            np.array(products),
+            _array(torch.stack(gains)),
+            np.float32(norm.eps),
+            memory is not None,
+            _array(keys),
+            _array(values),
         )
+        _, rows, _, positions, _ = cache.keys.shape
+        dim, hidden = transformer.config.dim, layers[0].linear1.out_features
+        self._positions = sin_embedding(torch.arange(positions), dim)
+        self._room = (_room(rows, 3 * dim), _room(rows, dim), _room(rows, hidden))
+        self._threads = min(torch.get_num_threads(), _MOST_THREADS)
+        inputs = np.int16 if kind.dtype == torch.int8 else np.float32
+        longest = max(positions, keys.shape[3])
+        self._own_room = [
+            (_room(rows, dim), np.empty(rows * hidden, inputs), _room(rows), _room(longest))
+            for _ in range(self._threads)
+        ]
+        self._logits = (rows, len(heads), heads[0].out_features)
+        self._cache = cache
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits (B, K, card) of a step behind the filled part of the cache, which grows by it.
+
+        Args:
+            x: embedded tokens (B, 1, dim), without position.
+        """
+        first = self._pool is None
+        pool = self._pool or self._start()
+        begun = time.monotonic()
+        logits = torch.empty(self._logits)
+        cache = self._cache
+        stream = x[:, 0] + self._positions[cache.length]
+        cached = _array(cache.keys), _array(cache.values), cache.length
+        common = (*self._constants, *cached, _array(stream), *self._room)
+        counter = np.zeros(2, np.int64)
+        shares: list[tuple[Any, ...]] = [
+            (thread, self._threads, counter, *common, *own, _array(logits.flatten(1)))
+            for thread, own in enumerate(self._own_room)
+        ]
+        try:
+            others = [pool.submit(self._kernel, *each) for each in shares[1:]]
+            self._kernel(*shares[0])
+        except BaseException:
+            counter[1] = 1  # lets the others go, who would wait for this thread
+            raise
+        for other in others:
+            other.result()
+        cache.length += 1
+        seconds = time.monotonic() - begun
+        if first and seconds > _SLOW_SECONDS:
+            logger.info("Compiled the decoder's step for this CPU in %.1f s, once.", seconds)
+        return logits
+
+    def _start(self) -> ThreadPoolExecutor:
+        """All threads, before any of them waits for another in a kernel."""
+        pool = ThreadPoolExecutor(max(1, self._threads - 1), thread_name_prefix="step")
+        there = threading.Barrier(self._threads)
+        for _ in range(self._threads - 1):
+            pool.submit(there.wait, _START_SECONDS)
+        there.wait(_START_SECONDS)
+        self._pool = pool
+        return pool
+
+    def _layer(self, layer: TransformerLayer, crosses: bool) -> list[tuple[int, int, int]]:
+        """Addresses of a layer's products, as `cpu_kernels.run_step` wants them."""
+        own = self._product(*layer.self_attn.block(0, 3)), self._linear(layer.self_attn.out_proj)
+        cross = own
+        if crosses:
+            attention = layer.cross_attention
+            cross = self._product(*attention.block(0, 1)), self._linear(attention.out_proj)
+        return [*own, *cross, self._linear(layer.linear1), self._linear(layer.linear2)]
+
+    def _linear(self, linear: Linear) -> tuple[int, int, int]:
+        return self._product(linear.weight, linear.bias)
+
+    def _product(self, weight: Tensor | Int8Weight, bias: Tensor | None) -> tuple[int, int, int]:
+        values = _values(weight)
+        factors = weight.factors if isinstance(weight, Int8Weight) else torch.ones(len(values))
+        biases = torch.zeros(len(values)) if bias is None else bias.detach().float()
+        parts = [part.contiguous() for part in (values, factors, biases)]
+        self._owned += parts
+        first, second, third = (part.data_ptr() for part in parts)
+        return first, second, third
 
 
-def _layer(layer: Any, crosses: bool) -> Layer:
-    attention = layer.self_attn
-    norm1, (qkv, out) = _gain(layer.norm1), _attention(attention, 3)
-    cross = (_gain(layer.norm_cross), *_attention(layer.cross_attention, 1)) if crosses else None
-    return Layer(
-        norm1,
-        qkv,
-        out,
-        *(cross or (norm1, qkv, out)),
-        _gain(layer.norm2),
-        _product(layer.linear1),
-        _product(layer.linear2),
-    )
+def _values(weight: Tensor | Int8Weight) -> Tensor:
+    return weight.values if isinstance(weight, Int8Weight) else weight.detach()
 
 
-def _gain(norm: "Norm") -> Gain:
-    return Gain(norm.weight.detach(), norm.bias.detach(), norm.eps)
+def _array(tensor: Tensor) -> Any:
+    """The same memory for numpy, bfloat16 as what `cpu_kernels.py` takes for it."""
+    tensor = tensor.detach()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def _attention(attention: "Attention", last: int) -> tuple[Product, Product]:
-    """The projection of the first `last` blocks of (query, key, value), and that of the output."""
-    weight, bias = attention.block(0, last)
-    return _as_product(weight, bias), _product(attention.out_proj)
-
-
-def _product(linear: Linear) -> Product:
-    return _as_product(linear.weight, linear.bias)
-
-
-def _as_product(weight: "Tensor | Int8Weight", bias: Tensor | None) -> Product:
-    bias = None if bias is None else bias.detach()
-    if isinstance(weight, Int8Weight):
-        return Product(None, weight.packed, bias)
-    return Product(weight.detach(), None, bias)
+def _room(*shape: int) -> Any:
+    return np.empty(shape, np.float32)

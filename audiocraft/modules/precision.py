@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from audiocraft.errors import InputError
-from audiocraft.modules.linear import Int8Weight, Linear, int8_supported
+from audiocraft.modules.linear import Int8Weight, Linear
 from audiocraft.modules.transformer import Attention
 
 Precision = Literal["float32", "bfloat16", "float16", "int8"]
@@ -20,11 +20,7 @@ def offered_precisions(device: torch.device) -> tuple[Precision, ...]:
     if device.type == "cuda":
         bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
         return ("float16", "bfloat16", "float32") if bfloat16 else ("float16", "float32")
-    offered: tuple[Precision, ...] = ("float32",)
-    # Others have no instructions for it.
-    if torch.cpu._is_avx512_bf16_supported():  # noqa: SLF001 - no public name
-        offered += ("bfloat16",)
-    return (*offered, "int8") if int8_supported() else offered
+    return ("float32", "bfloat16", "int8")
 
 
 def check_precision(precision: str | None, device: torch.device) -> Precision:
@@ -58,7 +54,7 @@ def int8_bytes(model: nn.Module) -> int:
         if isinstance(module, Linear):
             weights.append(module.weight)
         elif isinstance(module, Attention):
-            weights += module.int8_blocks.values()
+            weights.append(module.in_proj_weight)
     return sum(weight.nbytes for weight in weights if isinstance(weight, Int8Weight))
 
 

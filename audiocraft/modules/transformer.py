@@ -7,15 +7,13 @@ decode (one step, filled cache). Golden tests: `lm_tiny_text_mono`, `lm_tiny_tex
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
-from audiocraft.modules.cpu_step import CpuStep
 from audiocraft.modules.linear import Int8Weight, Linear, linear
 
 Memory = Sequence[tuple[Tensor, Tensor]]
@@ -54,12 +52,7 @@ class KVCache:
         max_steps: most positions that will be written.
         device: where it lives.
         dtype: of the weights.
-
-    Attributes:
-        step: the layers as one program on a CPU, from the first single step on.
     """
-
-    step: CpuStep | None = None
 
     def __init__(
         self,
@@ -136,31 +129,25 @@ class Norm(nn.LayerNorm):
 class Attention(nn.Module):
     """What both kinds of attention share: one packed input projection, one output projection."""
 
-    blocks: ClassVar[tuple[tuple[int, int], ...]]
-    """Blocks of (query, key, value), first and last, that are projected in one."""
-
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        self.int8_blocks: dict[tuple[int, int], Int8Weight] = {}
         self.in_proj_weight = nn.Parameter(torch.empty(3 * config.dim, config.dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * config.dim)) if config.bias_attn else None
         self.out_proj = Linear(config.dim, config.dim, bias=config.bias_attn)
 
     def to_int8(self) -> None:
         """Replace the input projection by one with 8 bits."""
-        dim = self.in_proj_weight.shape[1]
-        for first, last in self.blocks:
-            weight = self.in_proj_weight.detach()[first * dim : last * dim]
-            self.int8_blocks[first, last] = Int8Weight(weight)
+        packed = Int8Weight(self.in_proj_weight.detach())
         del self.in_proj_weight
+        setattr(self, "in_proj_weight", packed)  # noqa: B010 - it is no parameter any more
 
     def block(self, first: int, last: int) -> tuple[Tensor | Int8Weight, Tensor | None]:
         """Weight and bias of blocks `first` to `last` of (query, key, value)."""
         dim = self.out_proj.in_features
         rows = slice(first * dim, last * dim)
         bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
-        return self.int8_blocks.get((first, last)) or self.in_proj_weight[rows], bias
+        return self.in_proj_weight[rows], bias
 
     def _project(self, x: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
         """Blocks `first` to `last` of (query, key, value), each (B, H, S, D)."""
@@ -177,8 +164,6 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Causal self-attention."""
 
-    blocks = ((0, 3),)
-
     def forward(self, x: Tensor, layer: int, cache: KVCache | None) -> Tensor:
         """Attend from `x` (B, S, dim) to itself and to the cache's filled part.
 
@@ -192,8 +177,6 @@ class SelfAttention(Attention):
 
 class CrossAttention(Attention):
     """Attention to a condition, whose keys and values are computed once."""
-
-    blocks = ((0, 1), (1, 3))
 
     def project_memory(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, H, M, D) of the condition (B, M, dim)."""
@@ -275,15 +258,6 @@ class Transformer(nn.Module):
         steps = x.shape[1]
         positions = torch.arange(start, start + steps, device=x.device)
         x = x + sin_embedding(positions, x.shape[-1])  # float32 from here on
-        if cache is not None and steps == 1 and x.device.type == "cpu":
-            assert not isinstance(memory, Tensor), "a cache goes with projected memory"
-            # Adapters in training are no plain weights.
-            if cache.step is None and not any(map(is_parametrized, self.modules())):
-                cache.step = CpuStep(self, memory)
-            if cache.step is not None:
-                x = cache.step(x, cache)
-                cache.length += 1
-                return x
         again = self.checkpointing and torch.is_grad_enabled()
         for index, layer in enumerate(self.layers):
             own = memory if memory is None or isinstance(memory, Tensor) else memory[index]

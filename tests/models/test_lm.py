@@ -237,17 +237,19 @@ def test_half_precision_weights(kind, dtype):
     model, half = lm(STATES[kind]), lm(STATES[kind]).to(dtype)
     items = melodies() if kind == "melody" else descriptions(STATES[kind])
     codes = torch.arange(3 * model.num_codebooks * 17).view(3, -1, 17) % model.card
+    residual = []
+    half.out_norm.register_forward_pre_hook(lambda _, x: residual.append(x[0].dtype))
     exact, ours = model(codes, items), half(codes, items)
+    assert residual == [torch.float32]
     assert ours.dtype == dtype
     tolerance = {torch.float16: 0.01, torch.bfloat16: 0.06}[dtype]
     assert (ours.float() - exact).abs().max() < tolerance * exact.std()
     state = half.start(items, max_steps=20)
     half.advance(state, codes)
     assert state.cache.keys.dtype == torch.float32
-    residual = []
-    half.out_norm.register_forward_pre_hook(lambda _, x: residual.append(x[0].dtype))
-    half.generate(conditions=items, max_gen_len=4)
-    assert set(residual) == {torch.float32}
+    next_logits = half.advance(state, codes[..., :1])
+    whole = half(torch.cat([codes, codes[..., :1]], dim=-1), items)[:, :, -1]
+    assert (next_logits.float() - whole.float()).abs().max() < tolerance * exact.std()
 
 
 def test_progress_counts_finished_steps():
@@ -275,7 +277,7 @@ def test_sizes_that_do_not_agree_are_refused():
 def rows_of(model, **arguments):
     """Codes, and the rows that each step computed."""
     rows = set()
-    hook = model.out_norm.register_forward_hook(lambda _, x, __: rows.add(len(x[0])))
+    hook = model.emb[0].register_forward_hook(lambda _, x, __: rows.add(len(x[0])))
     codes = model.generate(max_gen_len=12, use_sampling=False, **arguments)
     hook.remove()
     return codes, rows

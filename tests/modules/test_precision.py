@@ -3,12 +3,10 @@ import torch
 
 from audiocraft.errors import InputError
 from audiocraft.models import MusicGen
-from audiocraft.modules.linear import int8_supported
 from audiocraft.modules.precision import int8_bytes, offered_precisions
 from tests.models.test_lm import CHANGES, STATES, codes_beside_others, descriptions, lm, melodies
 
 CPU = torch.device("cpu")
-needs_int8 = pytest.mark.skipif(not int8_supported(), reason="this CPU's torch has no int8 kernels")
 
 
 def conditions(kind):
@@ -26,7 +24,6 @@ def test_what_a_device_does_not_offer(precision):
         MusicGen.get_pretrained("tiny", device="cpu", precision=precision)
 
 
-@needs_int8
 @pytest.mark.parametrize("kind", STATES)
 @torch.no_grad()
 def test_int8_logits_are_close(kind):
@@ -39,7 +36,6 @@ def test_int8_logits_are_close(kind):
     assert (logits - expected).std() < 0.05 * expected.std()
 
 
-@needs_int8
 def test_int8_replaces_every_projection():
     model = lm("lm_tiny_text_mono")
     dim, layers = model.dim, model.config.num_layers

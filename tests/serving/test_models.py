@@ -14,7 +14,6 @@ from audiocraft.models import MusicGen
 from audiocraft.models.builders import get_lm_model
 from audiocraft.models.finetunes import read_finetune
 from audiocraft.models.versions import VERSIONS
-from audiocraft.modules.linear import int8_supported
 from audiocraft.modules.precision import int8_bytes
 from audiocraft.serving import models
 from audiocraft.serving.models import ModelCache, Selection
@@ -26,7 +25,6 @@ from tools.make_diffusion import write_diffusion
 
 RELEASED = [name for name in VERSIONS if name != "tiny"]
 CPU = torch.device("cpu")
-needs_int8 = pytest.mark.skipif(not int8_supported(), reason="this CPU's torch has no int8 kernels")
 
 
 @pytest.fixture
@@ -109,7 +107,6 @@ def test_fine_tunes_beside_their_base(store, tmp_path):
     assert cache.used < 4 * alone
 
 
-@needs_int8
 def test_eight_bits(store, tmp_path):
     """A version, an adapter and a full fine-tune, each as it is when it is loaded alone."""
     stand_in(store, "small", 1, size=(128, 2))

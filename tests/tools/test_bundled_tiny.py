@@ -7,7 +7,6 @@ import pytest
 
 from audiocraft.assets.store import BUNDLED
 from audiocraft.models import MusicGen
-from audiocraft.modules.linear import int8_supported
 from tests.project import ROOT
 from tools.synthetic_music.midi import missing
 from tools.tiny.evaluate import Evaluation, Sizes, evaluate
@@ -63,7 +62,6 @@ def test_it_follows_a_melody(figures):
 
 @renders
 @pytest.mark.slow
-@pytest.mark.skipif(not int8_supported(), reason="this machine's torch has no 8-bit weights")
 def test_with_8_bits_it_predicts_nearly_the_same(figures):
     int8 = figures["int8"]
     assert int8["tokens"] == 16 * (8 * 600 - sum(range(8)))

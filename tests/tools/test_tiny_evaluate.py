@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from audiocraft.models import MusicGen
-from audiocraft.modules.linear import int8_supported
 from tests.tools.tiny_runs import make_data, run_in
 from tools.synthetic_music.measures import stereo_width
 from tools.synthetic_music.midi import missing
@@ -172,10 +171,9 @@ def test_a_model_is_heard(evaluation, monkeypatch, capsys):
     assert not torch.equal(followed, clips[0])
     figures = evaluate(evaluation, ("int8",))
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["int8"] == figures["int8"]
-    if int8_supported():
-        assert 0 < figures["int8"]["kl"] < 0.1
-        assert figures["int8"]["tokens"] == 2 * (8 * 600 - sum(range(8)))
-        assert evaluation.model.lm.precision == "int8"
+    assert 0 < figures["int8"]["kl"] < 0.1
+    assert figures["int8"]["tokens"] == 2 * (8 * 600 - sum(range(8)))
+    assert evaluation.model.lm.precision == "int8"
 
 
 def test_the_part_that_changes_the_weights_is_the_last():
