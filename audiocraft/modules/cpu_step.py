@@ -80,9 +80,9 @@ class CpuStep:
             products += self._layer(layer, memory is not None)
         products += [self._linear(head) for head in heads]
         gains = [torch.stack([each.weight, each.bias]).float() for each in [*norms, norm]]
-        keys = values = torch.empty(*cache.keys.shape[:3], 0, cache.keys.shape[4])
+        keys = values = cache.keys.new_empty(*cache.keys.shape[:3], 0, cache.keys.shape[4])
         if memory is not None:
-            keys, values = (torch.stack(each) for each in zip(*memory, strict=True))
+            keys, values = (torch.stack(each).to(keys) for each in zip(*memory, strict=True))
         kind = _values(heads[0].weight)[:0]
         self._constants = (
             _array(kind),

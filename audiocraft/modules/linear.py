@@ -16,9 +16,12 @@ class Int8Weight:
         weight: (out, in), float32, on the CPU; it is not kept.
 
     Attributes:
+        dtype: of the values.
         values: (out, in), int8, from -127 to 127.
         factors: (out,), float32, what they are to be multiplied with.
     """
+
+    dtype = torch.int8
 
     def __init__(self, weight: Tensor) -> None:
         self.factors = weight.abs().amax(dim=1).clamp_min(_TINY) / 127

@@ -10,6 +10,7 @@ of them in one.
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from audiocraft.errors import AudiocraftError
+from audiocraft.models.lm import LMModel
 from audiocraft.models.musicgen import MusicGen
 from audiocraft.modules.conditioners import ConditioningAttributes, WavCondition
 from audiocraft.solvers.spectral_losses import LogMelDistance, MelSpectrogram, si_sdr
@@ -271,8 +273,8 @@ class Evaluation:
         lm.set_precision("int8")
         divergences = []
         for codes, attributes, exact in batches:
-            found = lm.compute_predictions(codes, attributes)
-            divergences += [mean_kl(exact.logits, found.logits, exact.mask)] * len(codes)
+            found = _step_by_step(lm, codes, attributes)
+            divergences += [mean_kl(exact.logits, found, exact.mask)] * len(codes)
         tokens = sum(int(exact.mask.sum()) for _, _, exact in batches)
         return {"kl": mean(divergences), "tokens": tokens}
 
@@ -343,6 +345,31 @@ PARTS: Final = {
     "int8": Evaluation.int8,  # the last one, since it changes the weights
 }
 """The parts in their order."""
+
+
+def _step_by_step(
+    lm: LMModel, codes: Tensor, attributes: Sequence[ConditioningAttributes]
+) -> Tensor:
+    """What `compute_predictions` finds, with the keys, values and products that music is made with.
+
+    Args:
+        lm: the language model.
+        codes: [B, K, T].
+        attributes: of each item.
+
+    Returns:
+        Logits [B, K, T, card].
+    """
+    pattern = lm.pattern_provider.get_pattern(codes.shape[-1])
+    sequence, _, _ = pattern.build_pattern_sequence(
+        codes, lm.special_token_id, keep_only_valid_steps=True
+    )
+    state = lm.start(attributes, sequence.shape[-1])
+    steps = [lm.advance(state, step) for step in sequence.split(1, dim=-1)]
+    logits, _, _ = pattern.revert_pattern_logits(
+        torch.stack(steps, dim=3).transpose(1, 2), math.nan, keep_only_valid_steps=True
+    )
+    return logits.permute(0, 2, 3, 1)
 
 
 def rounded(value: Any) -> Any:
