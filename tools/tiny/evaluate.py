@@ -365,7 +365,7 @@ def _step_by_step(
         codes, lm.special_token_id, keep_only_valid_steps=True
     )
     state = lm.start(attributes, sequence.shape[-1])
-    steps = [lm.advance(state, step) for step in sequence.split(1, dim=-1)]
+    steps = [lm.advance(state, sequence[..., step, None]) for step in range(sequence.shape[-1])]
     logits, _, _ = pattern.revert_pattern_logits(
         torch.stack(steps, dim=3).transpose(1, 2), math.nan, keep_only_valid_steps=True
     )
