@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from audiocraft.errors import InputError
+from audiocraft.generation.cpu_step import CpuStep, supports
 from audiocraft.generation.engine import Guidance, ProgressCallback, generate_codes
 from audiocraft.generation.sampling import RowNoise, SamplingParams
 from audiocraft.modules.codebooks_patterns import DelayedPatternProvider
@@ -23,7 +24,6 @@ from audiocraft.modules.conditioners import (
     ConditionTensors,
     nullify,
 )
-from audiocraft.modules.cpu_step import CpuStep, supports
 from audiocraft.modules.linear import Linear
 from audiocraft.modules.precision import Precision, to_int8, weight_dtype
 from audiocraft.modules.transformer import (
@@ -32,7 +32,7 @@ from audiocraft.modules.transformer import (
     Norm,
     Transformer,
     TransformerConfig,
-    attention_dtype,
+    cache_dtype,
 )
 
 
@@ -261,7 +261,8 @@ class LMModel(nn.Module):
     def advance(self, state: DecodingState, sequence: Tensor) -> Tensor:
         """Feed steps [B, K, S] to a decoding state; logits [B, K, card] after the last."""
         if state.cache is None:
-            state.cache = self._cache(len(sequence), state)
+            dtype = cache_dtype(self.device, self._heads[0].weight.dtype)
+            state.cache = KVCache(self.config, len(sequence), state.positions, self.device, dtype)
         hidden = self._embed(sequence)
         if state.prefix is not None:
             hidden = torch.cat([state.prefix, hidden], dim=1)
@@ -273,12 +274,6 @@ class LMModel(nn.Module):
             return state.step(hidden)
         hidden = self.transformer(hidden, state.memory, state.cache)
         return self._head(hidden[:, -1:])[:, :, 0]
-
-    def _cache(self, rows: int, state: DecodingState) -> KVCache:
-        dtype = attention_dtype(self.device, self.out_norm.weight.dtype)
-        if state.on_cpu and self.linears[0].weight.dtype != torch.float32:
-            dtype = torch.bfloat16  # at 30 s a step of int8 takes three quarters of the time
-        return KVCache(self.config, rows, state.positions, self.device, dtype)
 
     @property
     def _heads(self) -> list[Linear]:

@@ -56,10 +56,10 @@ def linear(x: Tensor, weight: Tensor | Int8Weight, bias: Tensor | None = None) -
     Returns:
         (..., out), of the input's type.
     """
-    if isinstance(weight, Tensor) and (weight.dtype == torch.float32 or not weight.is_cpu):
-        return F.linear(x, weight, bias)
-    y = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
-    return y.to(x.dtype)
+    if isinstance(weight, Int8Weight) or (weight.dtype != torch.float32 and weight.is_cpu):
+        y = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+        return y.to(x.dtype)
+    return F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):

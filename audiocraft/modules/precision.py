@@ -17,10 +17,16 @@ def offered_precisions(device: torch.device) -> tuple[Precision, ...]:
 
     float32 is exact and the CPU's default, float16 that of a GPU, as in the official package.
     """
+    if device.type != "cuda":
+        return ("float32", "bfloat16", "int8")
+    return ("float16", "bfloat16", "float32") if has_bfloat16(device) else ("float16", "float32")
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for products of bfloat16."""
     if device.type == "cuda":
-        bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
-        return ("float16", "bfloat16", "float32") if bfloat16 else ("float16", "float32")
-    return ("float32", "bfloat16", "int8")
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_avx512_bf16_supported()  # noqa: SLF001 - no public name
 
 
 def check_precision(precision: str | None, device: torch.device) -> Precision:

@@ -45,7 +45,7 @@ from audiocraft.modules.conditioners import ChromaStemConditioner, T5Conditioner
 from audiocraft.modules.device import default_device
 from audiocraft.modules.precision import check_precision, int8_bytes, weight_dtype
 from audiocraft.modules.stems import StemSeparator
-from audiocraft.modules.transformer import attention_dtype
+from audiocraft.modules.transformer import cache_dtype
 from audiocraft.solvers.devices import host_memory
 
 logger = logging.getLogger(__name__)
@@ -205,7 +205,8 @@ class ModelCache:
         """
         config = model.lm.config
         steps = min(duration, model.max_duration) * model.frame_rate + _PREFIX_POSITIONS
-        item = attention_dtype(self.device, self._dtype).itemsize
+        weights = torch.int8 if self._precision == "int8" else self._dtype
+        item = cache_dtype(self.device, weights).itemsize
         cache = 2 * config.num_layers * 2 * steps * config.dim * item  # guidance has two rows
         audio = 4 * 4 * duration * model.sample_rate * model.audio_channels
         codec = _CODEC_WORK * sum(_bytes(model.compression_model.parameters()).values())

@@ -180,7 +180,7 @@ def test_steps_take_little_more_memory_than_weights_and_cache(size, batch):
     weights = sum(weight.nbytes for part in parts for weight in part.parameters())
     assert weights > shape.weight_bytes("float16")
     positions = shape.positions(1500, TEXT_TOKENS)
-    cache = shape.cache_bytes("float16", "cuda", batch, positions)
+    cache = shape.cache_bytes("float16", batch, positions)
     steps = 1500 + shape.max_delay + 1
     asked = step.Size(batch, branches=2, steps=steps, positions=steps, memory=TEXT_TOKENS)
     buffers = step.allocate(collect(*parts), asked.rounded(), torch.device("meta"))

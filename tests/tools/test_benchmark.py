@@ -90,7 +90,7 @@ def test_the_line_of_json(monkeypatch, capsys, place, packages):
     assert ours["first_step_s"] > 0
     # 18 steps and more make the 0.6 s of music.
     assert ours["real_time_factor"] < 0.6 / (17 / ours["steps_per_s"])
-    read = Shape.of("small", place.shapes).step_bytes("float32", "cpu", 2, 15, TEXT_TOKENS)
+    read = Shape.of("small", place.shapes).step_bytes("float32", 2, 15, TEXT_TOKENS)
     assert ours["gb_per_s"] == pytest.approx(ours["steps_per_s"] * read / 1e9, rel=1e-3)
     # The folder's audiocraft is the peer's; ours was found before it.
     assert peer["system"] == "audiocraft"
@@ -135,13 +135,14 @@ def test_request_and_profile(place, packages):
     largest = [ms for _, ms, _ in row["largest"]]
     assert largest == sorted(largest, reverse=True)
     assert 0 < sum(largest) <= row["device_ms"] * 1.001
-    assert row["kernels"] > 20  # two layers cannot do with less
+    assert row["kernels"] > 20  # choosing a token cannot do with less
+    assert "decoding step" in {name for name, _, _ in row["largest"]}
 
 
 def test_a_step_is_profiled_without_the_codec(place, monkeypatch):
     monkeypatch.setattr(EncodecModel, "decode", None)
     found = ours.profile(Job("profile", "cpu", release=str(place.release("small"))))
-    assert found["kernels"] > 20  # two layers cannot do with less
+    assert found["kernels"] > 20  # choosing a token cannot do with less
     assert found["device_ms"] > 0
 
 
@@ -275,9 +276,9 @@ def test_bytes_of_small_by_hand():
     assert shape.weight_bytes("int8") == matrices
     # 1503 steps see 1 to 1503 positions, 752 on average, and 21 tokens of text: 773.
     cache = 2 * 24 * 2 * 1024 * 773  # keys and values, layers, rows, width
-    assert shape.step_bytes("float16", "cuda", 1, 1500, 21) == 2 * (matrices + cache)
-    assert shape.step_bytes("int8", "cpu", 1, 1500, 21) == matrices + 4 * cache
-    assert shape.step_bytes("float32", "cpu", 16, 1500, 21) == 4 * (matrices + 16 * cache)
+    assert shape.step_bytes("float16", 1, 1500, 21) == 2 * (matrices + cache)
+    assert shape.step_bytes("int8", 1, 1500, 21) == matrices + 2 * cache
+    assert shape.step_bytes("float32", 16, 1500, 21) == 4 * (matrices + 16 * cache)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +289,7 @@ def test_bytes_are_about_what_others_count(version, weights, cache):
     """facts of peers: GB a step at 16 bits, guided, over 30 s, without the description."""
     shape = Shape.of(version)
     assert shape.weight_bytes("float16") / 1e9 == pytest.approx(weights, abs=0.01)
-    assert shape.cache_bytes("float16", "cuda", 1, 752) / 1e9 == pytest.approx(cache, abs=0.01)
+    assert shape.cache_bytes("float16", 1, 752) / 1e9 == pytest.approx(cache, abs=0.01)
 
 
 def test_a_melody_stands_in_front():

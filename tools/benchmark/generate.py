@@ -200,7 +200,7 @@ def measure(
             {
                 "system": side[0],
                 "precision": side[1],
-                "cache_gb": shape.cache_bytes(side[1], plan.device, plan.batch, end) / 1e9,
+                "cache_gb": shape.cache_bytes(side[1], plan.batch, end) / 1e9,
                 **result,
             }
             for side, results in zip(sides, found, strict=True)
@@ -249,7 +249,7 @@ def _row(
         return float(statistics.median(result[name] for result in results))
 
     frames = int(plan.seconds * FRAME_RATE)
-    read = shape.step_bytes(side[1], plan.device, plan.batch, frames, TEXT_TOKENS)
+    read = shape.step_bytes(side[1], plan.batch, frames, TEXT_TOKENS)
     speed = median("steps_per_s") * read / 1e9
     numbers = {
         "steps_per_s": median("steps_per_s"),

@@ -98,34 +98,30 @@ class Shape:
         layer = attention + 2 * self.dim * self.hidden
         return _BYTES[precision] * (self.layers * layer + self.codebooks * self.card * self.dim)
 
-    def cache_bytes(self, precision: str, device: str, batch: int, positions: float) -> int:
-        """Bytes of keys and values; on a CPU a number has 4 bytes always.
+    def cache_bytes(self, precision: str, batch: int, positions: float) -> int:
+        """Bytes of keys and values, which have no fewer than 16 bits.
 
         Args:
             precision: of the weights.
-            device: its type.
             batch: items, each of which is two rows.
             positions: of the sequence, what stands in front and what is attended to counted.
         """
-        size = 4 if device == "cpu" else _BYTES[precision]
+        size = max(2, _BYTES[precision])
         return round(2 * size * self.layers * _BRANCHES * batch * self.dim * positions)
 
     def positions(self, frames: int, text_tokens: int) -> int:
         """Positions after the last step of a generation of T frames."""
         return self.melody_frames + text_tokens + frames + self.max_delay
 
-    def step_bytes(
-        self, precision: str, device: str, batch: int, frames: int, text_tokens: int
-    ) -> int:
+    def step_bytes(self, precision: str, batch: int, frames: int, text_tokens: int) -> int:
         """Bytes of weights and of keys and values that a step reads, averaged over a generation.
 
         Args:
             precision: of the weights.
-            device: its type.
             batch: items, each of which is two rows.
             frames: T.
             text_tokens: of the description, its end included.
         """
         steps = frames + self.max_delay
         average = self.positions(frames, text_tokens) - (steps - 1) / 2
-        return self.weight_bytes(precision) + self.cache_bytes(precision, device, batch, average)
+        return self.weight_bytes(precision) + self.cache_bytes(precision, batch, average)

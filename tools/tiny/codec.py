@@ -35,7 +35,7 @@ from audiocraft.errors import AudiocraftError, InputError
 from audiocraft.models.builders import get_compression_model
 from audiocraft.models.encodec import EncodecModel
 from audiocraft.models.loaders import load_compression_model
-from audiocraft.modules.precision import offered_precisions
+from audiocraft.modules.precision import has_bfloat16
 from audiocraft.solvers.checkpoints import (
     find_checkpoint,
     load_state,
@@ -249,7 +249,7 @@ class Run:
             _load(model, begin_from)
         # By AMX oneDNN's strided convolutions of bfloat16 are wrong for some numbers of channels.
         has_amx = torch.cpu._is_amx_tile_supported()  # noqa: SLF001 - no public name
-        bfloat16 = not has_amx and "bfloat16" in offered_precisions(torch.device("cpu"))
+        bfloat16 = not has_amx and has_bfloat16(torch.device("cpu"))
         settings = CodecSettings(
             seed=TRAINED_SEED, shares=_SHARES, bfloat16=bfloat16, decoder_only=decoder_only
         )

@@ -34,7 +34,7 @@ from audiocraft.errors import AudiocraftError, InputError
 from audiocraft.models.builders import get_lm_model
 from audiocraft.models.loaders import LM_FILE, assign_state, find_file, read_checkpoint
 from audiocraft.modules.conditioners import T5Conditioner
-from audiocraft.modules.precision import offered_precisions
+from audiocraft.modules.precision import has_bfloat16
 from audiocraft.solvers.checkpoints import (
     find_checkpoint,
     load_state,
@@ -218,7 +218,7 @@ class Run:
                 optimizer=OptimizerSettings("adamw", shape.lr, _BETAS),
                 warmup=_WARM_UP,
                 conditions=condition_settings(cfg),
-                bfloat16=bfloat16 and "bfloat16" in offered_precisions(device),
+                bfloat16=bfloat16 and has_bfloat16(device),
             ),
         )
         self.best: float | None = None

@@ -22,11 +22,14 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-FAST: Final = {"reassoc", "contract", "nsz", "arcp"}
-"""Sums in any order; numbers that are none stay none."""
+_FAST: Final = {
+    "nogil": True,
+    "fastmath": {"reassoc", "contract", "nsz", "arcp"},  # sums in any order; NaN stays NaN
+    "error_model": "numpy",  # a quotient by zero is no error
+}
 _Decorator = Callable[[Callable[..., Any]], Any]
-_exact: _Decorator = njit(nogil=True, forceinline=True, fastmath={"contract"})
-_inlined: _Decorator = njit(nogil=True, forceinline=True, fastmath=FAST)
+_inlined: _Decorator = njit(forceinline=True, **_FAST)
+_exact: _Decorator = njit(forceinline=True, **{**_FAST, "fastmath": {"contract"}})
 _intrinsic: _Decorator = intrinsic
 _literal: _Decorator = intrinsic(prefer_literal=True)
 LANES: Final = 32
@@ -335,9 +338,7 @@ def load_inputs(x: Any, inputs: Any, scales: Any) -> None:
     raise NotImplementedError("numba puts `_load_inputs` in its place")
 
 
-_of_load_inputs: _Decorator = overload(
-    load_inputs, jit_options={"nogil": True, "forceinline": True, "fastmath": FAST}
-)
+_of_load_inputs: _Decorator = overload(load_inputs, jit_options={"forceinline": True, **_FAST})
 
 
 @_of_load_inputs
@@ -409,40 +410,25 @@ def multiply(
             at = ahead(start, row * width)
             if rows - row >= 4:  # noqa: PLR2004
                 sums = dots(own, at, width, width, 4)
-                for i in range(4):
-                    _put(
-                        out,
-                        row + i,
-                        offset + n,
-                        sums[i],
-                        factors[n] * scales[row + i],
-                        biases[n],
-                        adds,
-                    )
+                _put(sums, out, row, offset + n, factors[n], scales, biases[n], adds)
                 row += 4
             elif rows - row >= 2:  # noqa: PLR2004
                 pair = dots(own, at, width, width, 2)
-                for i in range(2):
-                    _put(
-                        out,
-                        row + i,
-                        offset + n,
-                        pair[i],
-                        factors[n] * scales[row + i],
-                        biases[n],
-                        adds,
-                    )
+                _put(pair, out, row, offset + n, factors[n], scales, biases[n], adds)
                 row += 2
             else:
                 one = dots(own, at, width, width, 1)
-                _put(out, row, offset + n, one[0], factors[n] * scales[row], biases[n], adds)
+                _put(one, out, row, offset + n, factors[n], scales, biases[n], adds)
                 row += 1
 
 
 @_inlined
-def _put(out: Any, row: int, n: int, total: Any, factor: Any, bias: Any, adds: bool) -> None:
-    value = np.float32(total) * factor + bias
-    out[row, n] = out[row, n] + value if adds else value
+def _put(
+    sums: Any, out: Any, row: int, n: int, factor: Any, scales: Any, bias: Any, adds: bool
+) -> None:
+    for i in range(len(sums)):
+        value = np.float32(sums[i]) * (factor * scales[row + i]) + bias
+        out[row + i, n] = out[row + i, n] + value if adds else value
 
 
 @_inlined
@@ -497,9 +483,9 @@ def attend(query: Any, keys: Any, values: Any, length: int, scores: Any, out: An
 def _compiled(function: Callable[..., None]) -> Any:
     """By numba, which keeps the outcome for later processes where it finds a place to write."""
     try:
-        return njit(nogil=True, fastmath=FAST, cache=True)(function)
+        return njit(cache=True, **_FAST)(function)
     except RuntimeError:
-        return njit(nogil=True, fastmath=FAST)(function)
+        return njit(**_FAST)(function)
 
 
 @_compiled

@@ -1,7 +1,6 @@
 """One step of the decoder on a CPU: its weights, its room and its threads, for `cpu_kernels.py`."""
 
 import logging
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 _MOST_THREADS: Final = 16
 """More do not read the memory any faster."""
-_START_SECONDS: Final = 60
 _SLOW_SECONDS: Final = 1.0
 """A first step that takes longer has been compiled."""
 
@@ -67,7 +65,7 @@ class CpuStep:
         memory: Memory | None,
         cache: KVCache,
     ) -> None:
-        from audiocraft.modules import cpu_kernels  # numba is slow to import
+        from audiocraft.generation import cpu_kernels  # numba is slow to import
 
         self._kernel = cpu_kernels.run_step
         self._owned: list[Tensor] = []  # what the addresses of products point to
@@ -106,7 +104,8 @@ class CpuStep:
         ]
         self._logits = (rows, len(heads), heads[0].out_features)
         self._cache = cache
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool = ThreadPoolExecutor(max(1, self._threads - 1), thread_name_prefix="step")
+        self._first = True
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits (B, K, card) of a step behind the filled part of the cache, which grows by it.
@@ -114,42 +113,45 @@ class CpuStep:
         Args:
             x: embedded tokens (B, 1, dim), without position.
         """
-        first = self._pool is None
-        pool = self._pool or self._start()
-        begun = time.monotonic()
-        logits = torch.empty(self._logits)
         cache = self._cache
+        logits = torch.empty(self._logits)
         stream = x[:, 0] + self._positions[cache.length]
         cached = _array(cache.keys), _array(cache.values), cache.length
         common = (*self._constants, *cached, _array(stream), *self._room)
-        counter = np.zeros(2, np.int64)
-        shares: list[tuple[Any, ...]] = [
-            (thread, self._threads, counter, *common, *own, _array(logits.flatten(1)))
-            for thread, own in enumerate(self._own_room)
-        ]
+        arguments = [(*common, *own, _array(logits.flatten(1))) for own in self._own_room]
+        with torch.profiler.record_function("decoding step"):
+            if self._first:
+                # The one that compiles has nobody who waits for it.
+                begun = time.monotonic()
+                self._kernel(0, 1, _counter(), *arguments[0])
+                seconds = time.monotonic() - begun
+                if seconds > _SLOW_SECONDS:
+                    logger.info("Compiled the decoder's step for this CPU: %.1f s, once.", seconds)
+                self._first = False
+            else:
+                self._run(arguments)
+        cache.length += 1
+        return logits
+
+    def _run(self, arguments: Sequence[tuple[Any, ...]]) -> None:
+        """The kernel on all threads, this one among them."""
+        counter, threads = _counter(), len(arguments)
+
+        def share(thread: int) -> None:
+            try:
+                self._kernel(thread, threads, counter, *arguments[thread])
+            except BaseException:
+                counter[1] = 1  # lets the others go, who would wait for this thread
+                raise
+
         try:
-            others = [pool.submit(self._kernel, *each) for each in shares[1:]]
-            self._kernel(*shares[0])
+            others = [self._pool.submit(share, thread) for thread in range(1, threads)]
+            share(0)
         except BaseException:
-            counter[1] = 1  # lets the others go, who would wait for this thread
+            counter[1] = 1
             raise
         for other in others:
             other.result()
-        cache.length += 1
-        seconds = time.monotonic() - begun
-        if first and seconds > _SLOW_SECONDS:
-            logger.info("Compiled the decoder's step for this CPU in %.1f s, once.", seconds)
-        return logits
-
-    def _start(self) -> ThreadPoolExecutor:
-        """All threads, before any of them waits for another in a kernel."""
-        pool = ThreadPoolExecutor(max(1, self._threads - 1), thread_name_prefix="step")
-        there = threading.Barrier(self._threads)
-        for _ in range(self._threads - 1):
-            pool.submit(there.wait, _START_SECONDS)
-        there.wait(_START_SECONDS)
-        self._pool = pool
-        return pool
 
     def _layer(self, layer: TransformerLayer, crosses: bool) -> list[tuple[int, int, int]]:
         """Addresses of a layer's products, as `cpu_kernels.run_step` wants them."""
@@ -181,6 +183,11 @@ def _array(tensor: Tensor) -> Any:
     """The same memory for numpy, bfloat16 as what `cpu_kernels.py` takes for it."""
     tensor = tensor.detach()
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _counter() -> Any:
+    """See `cpu_kernels.meet`."""
+    return np.zeros(2, np.int64)
 
 
 def _room(*shape: int) -> Any:

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from audiocraft.modules import cpu_kernels
-from audiocraft.modules.cpu_step import CpuStep, supports
+from audiocraft.generation import cpu_kernels
+from audiocraft.generation.cpu_step import CpuStep, supports
 from audiocraft.modules.linear import Linear
 from audiocraft.modules.precision import to_int8
 from audiocraft.modules.transformer import KVCache, Norm, Transformer, TransformerConfig
@@ -157,8 +157,9 @@ def test_what_the_kernels_do_not_know_is_left_to_the_layers():
     assert not supports(model.transformer, heads)
 
 
+@pytest.mark.parametrize("which", [0, 1])
 @torch.no_grad()
-def test_a_step_that_is_broken_off_lets_its_threads_go(monkeypatch):
+def test_a_step_that_is_broken_off_lets_its_threads_go(which, monkeypatch):
     """As a cancelled request is, whose exception comes between any two lines of Python."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     model = decoder()
@@ -168,7 +169,7 @@ def test_a_step_that_is_broken_off_lets_its_threads_go(monkeypatch):
     kernel = step._kernel
 
     def broken(thread, *rest):
-        if thread == 0:
+        if thread == which:
             raise KeyboardInterrupt
         return kernel(thread, *rest)
 
@@ -199,6 +200,8 @@ def test_threads_end_with_the_request(monkeypatch):
     assert threads_left(0)
     model = decoder()
     step = model.step(*filled(model, 2))
+    step(numbers(2, 1, 64))
+    assert threads_left(0)  # the first step, which may have to be compiled, is made by one thread
     step(numbers(2, 1, 64))
     assert threads_left(2)
     del step
