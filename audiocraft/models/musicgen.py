@@ -92,7 +92,7 @@ class MusicGen:
                 fine-tuned weights, or `debug` for a small random model.
             device: where it will run; the GPU if there is one.
             precision: of the language model's weights: `float32` (on a CPU, if not given),
-                `bfloat16`, `float16` (on a GPU) or `int8` (CPUs alone; `small` is 2.7
+                `bfloat16`, `float16` (on a GPU) or `int8` (CPUs alone; `small` is 2.9
                 times as fast as in float32 there).
 
         Raises:
