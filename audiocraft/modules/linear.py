@@ -56,7 +56,9 @@ def linear(x: Tensor, weight: Tensor | Int8Weight, bias: Tensor | None = None) -
     Returns:
         (..., out), of the input's type.
     """
-    if isinstance(weight, Int8Weight) or (weight.dtype != torch.float32 and weight.is_cpu):
+    # Of adapters in training, see `lora.py`, the weight is no tensor either.
+    is_16_bit = isinstance(weight, Tensor) and weight.dtype != torch.float32
+    if isinstance(weight, Int8Weight) or (is_16_bit and weight.is_cpu):
         y = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
         return y.to(x.dtype)
     return F.linear(x, weight, bias)
