@@ -1,6 +1,11 @@
 import gc
+import json
+import os
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +21,7 @@ from audiocraft.modules.precision import to_int8
 from audiocraft.modules.transformer import KVCache, Norm, Transformer, TransformerConfig
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 KINDS = ["float32", "bfloat16", "int8"]
 CARD, CODEBOOKS, MEMORY, POSITIONS = 48, 3, 7, 10
 
@@ -232,6 +238,27 @@ def test_bfloat16_is_torchs():
 @cpu_kernels.njit
 def _narrow(tag, x):
     return cpu_kernels.narrow(tag, x)
+
+
+@pytest.mark.slow
+def test_a_process_that_compiles_makes_the_numbers_of_those_that_do_not(tmp_path):
+    """Rounding to integers shows the smallest difference between two compilations."""
+    code = (
+        "import torch; from tests.generation.test_cpu_step import *\n"
+        "with torch.no_grad():\n"
+        "    model, twin = with_bits(decoder(), 'int8')\n"
+        "    step = model.step(*filled(twin, 2))\n"
+        "    print(sum(step(numbers(2, 1, 64 + i)[..., :64]).flatten() for i in range(5)).tolist())"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    first, second = (
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    )
+    assert len(json.loads(first)) == 2 * CODEBOOKS * CARD
+    assert list(tmp_path.rglob("*.nbc"))
+    assert first == second
 
 
 def test_without_a_place_for_the_outcome_it_is_compiled_all_the_same(monkeypatch):
