@@ -20,7 +20,9 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
+
+from audiocraft.modules.linear import INT8_LEVELS
 
 _FAST: Final = {
     "nogil": True,
@@ -32,9 +34,8 @@ _inlined: _Decorator = njit(forceinline=True, **_FAST)
 _exact: _Decorator = njit(forceinline=True, **{**_FAST, "fastmath": {"contract"}})
 _intrinsic: _Decorator = intrinsic
 _literal: _Decorator = intrinsic(prefer_literal=True)
-LANES: Final = 32
+_LANES: Final = 32
 """Products that are made at once, in as many registers as the CPU needs for them."""
-INT8_LEVELS: Final = 127
 _INT32 = 2**31 - 1
 _LOG2_E = np.float32(1.4426950408889634)
 _LN_2_HIGH = np.float32(0.693359375)  # so few bits that its multiples are exact
@@ -102,13 +103,28 @@ def widen(_typing: Any, value: Any) -> Any:
 
 
 @_intrinsic
+def holds_integers(_typing: Any, tag: Any) -> Any:
+    """Whether an array's numbers are integers, known when it is compiled."""
+
+    def codegen(_context: Any, _builder: Any, _signature: Any, _args: Any) -> Any:
+        return cgutils.true_bit if isinstance(tag.dtype, types.Integer) else cgutils.false_bit
+
+    return types.boolean(tag), codegen
+
+
+@_intrinsic
 def narrow(_typing: Any, tag: Any, value: Any) -> Any:
-    """A float32 as a number of an array's type; to bfloat16 it is rounded to the nearest."""
+    """A float32, rounded to the nearest number of an array's type: float32, bfloat16 or int16."""
 
     def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        number = args[1]
         if tag.dtype == types.float32:
-            return args[1]
-        bits = builder.bitcast(args[1], _I32)
+            return number
+        if tag.dtype == types.int16:
+            floor = ir.FunctionType(_F32, [_F32])
+            lower = cgutils.get_or_insert_function(builder.module, floor, "llvm.floor.f32")
+            return builder.fptosi(builder.call(lower, [builder.fadd(number, _F32(0.5))]), _I16)
+        bits = builder.bitcast(number, _I32)
         odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
         rounded = builder.add(bits, builder.add(odd, _I32(0x7FFF)))
         return builder.trunc(builder.lshr(rounded, _I32(16)), _I16)
@@ -148,7 +164,7 @@ def dots(_typing: Any, weight: Any, inputs: Any, stride: Any, count: Any, rows: 
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         weight_at, inputs_at, stride, count, _ = args
-        lanes = LANES // 2 if is_integer else LANES
+        lanes = _LANES // 2 if is_integer else _LANES
         total = ir.VectorType(_I32 if is_integer else _F32, lanes)
         totals = [cgutils.alloca_once_value(builder, ir.Constant(total, None)) for _ in range(sums)]
 
@@ -156,14 +172,14 @@ def dots(_typing: Any, weight: Any, inputs: Any, stride: Any, count: Any, rows: 
             return builder.gep(inputs_at, [builder.add(at, builder.mul(stride, _I64(index)))])
 
         def load(at: Any, numbers: Any) -> Any:
-            vector = ir.VectorType(context.get_value_type(numbers.dtype), LANES)
+            vector = ir.VectorType(context.get_value_type(numbers.dtype), _LANES)
             at = builder.bitcast(at, vector.as_pointer())
             return builder.load(at, align=numbers.dtype.bitwidth // 8)
 
         def halves(products: Any) -> Any:
             """Sums of neighbours: what CPUs have an instruction for, from products of 16 bits."""
             even, odd = (
-                ir.Constant(ir.VectorType(_I32, lanes), list(range(start, LANES, 2)))
+                ir.Constant(ir.VectorType(_I32, lanes), list(range(start, _LANES, 2)))
                 for start in (0, 1)
             )
             return builder.add(
@@ -171,15 +187,15 @@ def dots(_typing: Any, weight: Any, inputs: Any, stride: Any, count: Any, rows: 
                 builder.shuffle_vector(products, products, odd),
             )
 
-        whole = builder.sdiv(count, _I64(LANES))
+        whole = builder.sdiv(count, _I64(_LANES))
         with cgutils.for_range(builder, whole) as loop:
-            at = builder.mul(loop.index, _I64(LANES))
-            factors = _widen(builder, load(builder.gep(weight_at, [at]), weight), LANES)
+            at = builder.mul(loop.index, _I64(_LANES))
+            factors = _widen(builder, load(builder.gep(weight_at, [at]), weight), _LANES)
             for index in range(sums):
                 numbers = load(row(index, at), inputs)
                 before = builder.load(totals[index])
                 if is_integer:
-                    numbers = builder.sext(numbers, ir.VectorType(_I32, LANES))
+                    numbers = builder.sext(numbers, ir.VectorType(_I32, _LANES))
                     after = builder.add(before, halves(builder.mul(factors, numbers)))
                 else:
                     after = _multiply_add(builder, factors, numbers, before)
@@ -187,7 +203,7 @@ def dots(_typing: Any, weight: Any, inputs: Any, stride: Any, count: Any, rows: 
         results = [
             cgutils.alloca_once_value(builder, _sum(builder, builder.load(each))) for each in totals
         ]
-        with cgutils.for_range_slice(builder, builder.mul(whole, _I64(LANES)), count, _I64(1)) as (
+        with cgutils.for_range_slice(builder, builder.mul(whole, _I64(_LANES)), count, _I64(1)) as (
             at,
             _,
         ):
@@ -334,46 +350,25 @@ def normalize(x: Any, gain: Any, bias: Any, eps: float, out: Any) -> None:
             out[row, i] = (x[row, i] - mean) * scale * gain[i] + bias[i]
 
 
+@_inlined
 def load_inputs(x: Any, inputs: Any, scales: Any) -> None:
     """Rows (R, in) as a product takes them, and what their sums are to be multiplied with.
 
     Float32 stays as it is. Where weights are integers, a row is scaled by its largest magnitude to
     integers of as many bits as a sum of products leaves in 32.
     """
-    raise NotImplementedError("numba puts `_load_inputs` in its place")
-
-
-_of_load_inputs: _Decorator = overload(load_inputs, jit_options={"forceinline": True, **_FAST})
-
-
-@_of_load_inputs
-def _load_inputs(x: Any, inputs: Any, scales: Any) -> Callable[..., None]:
-    del x, scales
-    if inputs.dtype == types.float32:
-
-        def load(x: Any, inputs: Any, scales: Any) -> None:
-            rows, width = x.shape
-            for row in range(rows):
-                scales[row] = 1
-                for i in range(width):
-                    inputs[row * width + i] = x[row, i]
-
-        return load
-
-    def load_scaled(x: Any, inputs: Any, scales: Any) -> None:
-        rows, width = x.shape
-        levels = np.float32(min(32767, _INT32 // (INT8_LEVELS * width)))
-        for row in range(rows):
-            largest = np.float32(0)
+    rows, width = x.shape
+    levels = np.float32(min(32767, _INT32 // (INT8_LEVELS * width)))
+    for row in range(rows):
+        steps = np.float32(1)
+        if holds_integers(inputs):
+            largest = np.float32(1e-12)
             for i in range(width):
                 largest = max(largest, abs(x[row, i]))
-            largest = max(largest, np.float32(1e-12))
             steps = levels / largest
-            for i in range(width):
-                inputs[row * width + i] = np.int16(np.floor(x[row, i] * steps + np.float32(0.5)))
-            scales[row] = largest / levels
-
-    return load_scaled
+        for i in range(width):
+            inputs[row * width + i] = narrow(inputs, x[row, i] * steps)
+        scales[row] = np.float32(1) / steps
 
 
 @_inlined

@@ -1,9 +1,13 @@
 """Products with weights of fewer bits, of sequences; `cpu_kernels.py` has those of single steps."""
 
+from typing import Final
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+INT8_LEVELS: Final = 127
+"""The largest magnitude of an integer in `Int8Weight`."""
 _TINY = 1e-12  # all zeros have a factor too
 
 
@@ -24,7 +28,7 @@ class Int8Weight:
     dtype = torch.int8
 
     def __init__(self, weight: Tensor) -> None:
-        self.factors = weight.abs().amax(dim=1).clamp_min(_TINY) / 127
+        self.factors = weight.abs().amax(dim=1).clamp_min(_TINY) / INT8_LEVELS
         self.values = (weight / self.factors[:, None]).round().to(torch.int8)
 
     def __getitem__(self, rows: slice) -> "Int8Weight":
