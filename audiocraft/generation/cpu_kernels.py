@@ -567,9 +567,8 @@ def run_step(
         elif part == _DOWN:
             source = hidden
         else:
-            head = index - _HEAD * layers
-            out, size, offset = logits, card, head * card
-        if part != _HEAD or head == 0:
+            out, size, offset = logits, card, (index - _HEAD * layers) * card
+        if part != _HEAD or offset == 0:  # all heads have the same inputs
             if part in (_QUERY_KEY_VALUE, _CROSS_QUERY, _HIDDEN, _HEAD):
                 norm = min(3 * layer + part // 2, 3 * layers)
                 normalize(x, norms[norm, 0], norms[norm, 1], eps, normed)

@@ -244,6 +244,7 @@ def _narrow(tag, x):
 def test_a_process_that_compiles_makes_the_numbers_of_those_that_do_not(tmp_path):
     """Rounding to integers shows the smallest difference between two compilations."""
     code = (
+        "import logging; logging.basicConfig(level='INFO', format='%(message)s')\n"
         "import torch; from tests.generation.test_cpu_step import *\n"
         "with torch.no_grad():\n"
         "    model, twin = with_bits(decoder(), 'int8')\n"
@@ -253,12 +254,15 @@ def test_a_process_that_compiles_makes_the_numbers_of_those_that_do_not(tmp_path
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code]
     first, second = (
-        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         for _ in range(2)
     )
-    assert len(json.loads(first)) == 2 * CODEBOOKS * CARD
+    assert len(json.loads(first.stdout)) == 2 * CODEBOOKS * CARD
     assert list(tmp_path.rglob("*.nbc"))
-    assert first == second
+    assert first.stdout == second.stdout
+    said = "Compiled the decoder's step for this CPU in "
+    assert first.stderr.count(said) == 1
+    assert said not in second.stderr
 
 
 def test_without_a_place_for_the_outcome_it_is_compiled_all_the_same(monkeypatch):
